@@ -44,18 +44,29 @@ MAX_NICENESS = 19
     metavar="N",
     help="Keep the newest N backups, including this one, and remove older ones.",
 )
+@click.option(
+    "--with-request-log",
+    is_flag=True,
+    help="Copy the stored bodies of requests as well, to PATH.request_log.db.",
+)
 @json_option
 @click.pass_obj
-def db_backup(context: CommandContext, path: str, keep: int | None, as_json: bool) -> None:
+def db_backup(
+    context: CommandContext, path: str, keep: int | None, with_request_log: bool, as_json: bool
+) -> None:
     """Copy the database to PATH and verify the copy. The gateway may be running.
 
     The SHA-256 is written to PATH.sha256. If PATH is a folder, the backup is named after the time.
     Otherwise, an earlier backup at PATH is replaced or, with --keep, renamed to PATH.1, PATH.2 and
     so on."""
     os.nice(MAX_NICENESS)  # the gateway comes first
-    made = back_up(context.loaded.database_path, path, keep)
+    database = context.loaded.database_path
+    made = back_up(database, path, keep, with_request_log=with_request_log)
     text = "Backup {path}: {bytes} bytes, {requests} requests, schema {schema}, in {seconds} s."
-    show(made._asdict(), as_json, lambda: text.format(**made._asdict()))
+    lines = [text.format(**made._asdict())]
+    if with_request_log:
+        lines.append(f"Request log: {made.request_log or 'none, since nothing is stored'}")
+    show(made._asdict(), as_json, lambda: "\n".join(lines))
 
 
 @db.command("restore")

@@ -4,6 +4,10 @@ A copy is made with SQLite's backup API from one read transaction, so it is the 
 instant, whatever other processes commit meanwhile. It is written to a temporary file, verified
 there, brought to the disk and then renamed: a file under its final name is always whole.
 
+The bodies of requests (redbtc/store/request_log) are in a database of their own. A backup contains
+them only if that is wanted: a copy made in the same way has the name of the backup and
+`.request_log.db`, and goes with it.
+
 A restore prepares and verifies its copy as `….restoring` and renames it to `….restored`. That
 rename decides: before it, nothing has changed; after it, `complete_restore` finishes the work, at
 the latest when the database is opened the next time. Each of its steps can be repeated, so a
@@ -31,10 +35,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from redbtc.errors import UserError
-from redbtc.store.schema import APPLICATION_ID, newest_version
+from redbtc.store.schema import APPLICATION_ID, REQUEST_LOG, REQUEST_LOG_ID, newest_version
 
 PAGES_A_STEP = 1024  # 4 MiB, written to the disk before the next step begins
 SPACE_FACTOR = 1.1  # free space that a copy needs, as a multiple of its source
+BODIES_TRIES = 3  # to copy the request log, which is replaced when bodies are erased meanwhile
 CACHE_KIB = 65536  # memory for checking a copy
 HEADER_BYTES = 100
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -82,13 +87,15 @@ class Contents(NamedTuple):
 
 
 class Backup(NamedTuple):
-    """The result of a backup."""
+    """The result of a backup. `request_log` is the path of the copied request log; None if there is
+    none, or it is not wanted."""
 
     path: str
     bytes: int
     sha256: str
     schema: int
     requests: int
+    request_log: str | None
     seconds: float
 
 
@@ -290,6 +297,25 @@ def publish(file: Path, path: Path, digest: str | None, scratch: Path) -> None:
     sync_folder(path.parent)
 
 
+def bodies_of(path: Path) -> Path:
+    """Return the name of the copy of the request log that belongs to a backup."""
+    return suffixed(path, f".{REQUEST_LOG}")
+
+
+def digest_to_keep(path: Path) -> str | None:
+    """Return the SHA-256 that was saved beside a file, None if there is none, or none that can be
+    read."""
+    with contextlib.suppress(Damaged):
+        return kept_digest(path)
+    return None
+
+
+def remove_backup(path: Path) -> None:
+    """Remove a file and its digest, if there are any."""
+    digest_file(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
 class BackupFile(NamedTuple):
     """The path of a backup. `stem` is the beginning of the names in a folder of backups; None if
     the backup has a name of its own."""
@@ -317,21 +343,23 @@ class BackupFile(NamedTuple):
         return self.path.with_name(f"{self.stem or self.path.name}.partial")
 
     def make_free(self, keep: int, scratch: Path) -> None:
-        """Rename a file that has the name of the backup to `….1`, that one to `….2`, and so on."""
+        """Rename a file that has the name of the backup to `….1`, that one to `….2`, and so on,
+        each with its request log. A request log that would belong to no backup is removed."""
         numbers = range(1, keep if self.stem is None else 1)
         names = [self.path, *(suffixed(self.path, f".{number}") for number in numbers)]
         taken = list(itertools.takewhile(Path.exists, names))
         for old, new in reversed(list(zip(taken, names[1:], strict=False))):
-            digest = None
-            with contextlib.suppress(Damaged):
-                digest = kept_digest(old)
-            publish(old, new, digest, scratch)
+            remove_backup(bodies_of(new))
+            if bodies_of(old).exists():
+                publish(bodies_of(old), bodies_of(new), digest_to_keep(bodies_of(old)), scratch)
+            publish(old, new, digest_to_keep(old), scratch)
+        remove_backup(bodies_of(self.path))
 
     def remove_old(self, keep: int) -> None:
         """Remove all but the newest `keep` backups, of which this is one."""
         for old in self._numbered(keep) if self.stem is None else self._named_by_time(keep):
-            digest_file(old).unlink(missing_ok=True)
-            old.unlink()
+            remove_backup(bodies_of(old))
+            remove_backup(old)
 
     def _numbered(self, keep: int) -> Iterator[Path]:
         names = (suffixed(self.path, f".{number}") for number in itertools.count(keep))
@@ -347,32 +375,86 @@ class BackupFile(NamedTuple):
         return sorted(others, reverse=True)[keep - 1 :]
 
 
-def back_up(database: Path, given: str, keep: int | None = None) -> Backup:
+def back_up(
+    database: Path, given: str, keep: int | None = None, *, with_request_log: bool = False
+) -> Backup:
     """Copy the database to the file `given`, or to a file named by the time if that is a folder.
     `keep` is the number of backups that are kept, this one included; with None, only a backup of
-    the same name is replaced. Raises UserError; earlier backups are then as they were, or have
-    another number."""
+    the same name is replaced. With `with_request_log`, copy the bodies of requests as well. Raises
+    UserError; earlier backups are then as they were, or have another number."""
     started = time.monotonic()
-    with plain_errors(f"No backup of {database} was made"):
+    with plain_errors(f"No backup of {database} was made"), contextlib.ExitStack() as stack:
         target = BackupFile.of(database, given)
         before = _check_source(database)
         _check_target(database, target.path)
         check_space(database, target.path.parent)
-        with temporary(target.partial) as file:
-            copy(database, file, target.partial)
-            if not os.path.samestat(before, _check_source(database)):
-                raise UserError(
-                    f"{database} was replaced while it was being copied; run the backup again"
-                )
-            contents = verify(target.partial, database, FILE_CHECKS)
-            digest, size = sha256_of(target.partial), os.fstat(file).st_size
-            scratch = suffixed(target.partial, "-sha256")
-            target.make_free(keep or 1, scratch)
-            publish(target.partial, target.path, digest, scratch)
+        scratch = suffixed(target.partial, "-sha256")
+        file = stack.enter_context(temporary(target.partial))
+        copy(database, file, target.partial)
+        if not _is_still(before, database):
+            raise UserError(
+                f"{database} was replaced while it was being copied; run the backup again"
+            )
+        contents = verify(target.partial, database, FILE_CHECKS)
+        digest, size = sha256_of(target.partial), os.fstat(file).st_size
+        bodies_of(target.partial).unlink(missing_ok=True)  # of a killed backup
+        has_bodies = with_request_log and _copy_bodies(database, target, stack)
+        target.make_free(keep or 1, scratch)
+        publish(target.partial, target.path, digest, scratch)
+        if has_bodies:
+            copied = bodies_of(target.partial)
+            publish(copied, bodies_of(target.path), sha256_of(copied), scratch)
         if keep is not None:
             target.remove_old(keep)
+    request_log = str(bodies_of(target.path)) if has_bodies else None
     seconds = round(time.monotonic() - started, 3)
-    return Backup(str(target.path), size, digest, contents.schema, contents.requests, seconds)
+    return Backup(
+        str(target.path), size, digest, contents.schema, contents.requests, request_log, seconds
+    )
+
+
+def _copy_bodies(database: Path, target: BackupFile, stack: contextlib.ExitStack) -> bool:
+    """Copy the request log and verify the copy, which is removed if `stack` ends with an error.
+    Return False if there is no request log."""
+    source, partial = database.with_name(REQUEST_LOG), bodies_of(target.partial)
+    if not source.exists():
+        return False
+    check_space(source, target.path.parent)
+    file = stack.enter_context(temporary(partial))
+    for _ in range(BODIES_TRIES):
+        before = source.stat()
+        try:
+            os.ftruncate(file, 0)
+            copy(source, file, partial)
+        except (Damaged, sqlite3.Error):
+            if _is_still(before, source):
+                raise
+        if _is_still(before, source):
+            _verify_bodies(partial, source)
+            return True
+    raise UserError(
+        f"{source} was replaced while it was being copied, because bodies were erased; run the"
+        " backup again"
+    )
+
+
+def _verify_bodies(path: Path, name: Path) -> None:
+    with (
+        named_damage(name),
+        contextlib.closing(_connect(f"{path.as_uri()}?immutable=1")) as database,
+    ):
+        if database.execute("PRAGMA application_id").fetchone() != (REQUEST_LOG_ID,):
+            raise Damaged(f"{name} is not a request log")
+        if wrong := problems(database, FILE_CHECKS):
+            raise Damaged(f"{name} is damaged: {'; '.join(wrong)}")
+
+
+def _is_still(before: os.stat_result, path: Path) -> bool:
+    """Return whether a file was not replaced or removed."""
+    try:
+        return os.path.samestat(before, path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _check_source(database: Path) -> os.stat_result:
@@ -389,24 +471,25 @@ def _check_source(database: Path) -> os.stat_result:
 def _check_target(database: Path, path: Path) -> None:
     """Raise UserError if the backup would replace anything but an earlier backup."""
     kept = path.name.startswith((f"{database.name}.rescue", f"{database.name}.replaced"))
-    if path in [suffixed(database, suffix) for suffix in FILE_SUFFIXES] or kept:
+    is_log = path.name.startswith(REQUEST_LOG) and path.parent == database.parent
+    if path in [suffixed(database, suffix) for suffix in FILE_SUFFIXES] or kept or is_log:
         raise UserError(f"{path} belongs to the database itself; choose another file")
     if suffixed(path, ".lock").exists():
         raise UserError(f"{path} is the database of a gateway ({path}.lock); choose another file")
-    if path.exists() and not _is_ours(path):
-        raise UserError(f"{path} exists and is not a backup; choose another file")
+    for file, mark in ((path, APPLICATION_ID), (bodies_of(path), REQUEST_LOG_ID)):
+        if file.exists() and not _is_ours(file, mark):
+            raise UserError(f"{file} exists and is not a backup; choose another file")
 
 
-def _is_ours(path: Path) -> bool:
-    """Return whether a file is empty or has the header of a database of this program."""
+def _is_ours(path: Path, mark: int) -> bool:
+    """Return whether a file is empty or has the header of a database of this program, with this
+    application id."""
     if not stat.S_ISREG(path.stat().st_mode):
         return False
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)
-    mark = header[APPLICATION_ID_AT : APPLICATION_ID_AT + 4]
-    return not header or (
-        header.startswith(SQLITE_MAGIC) and int.from_bytes(mark, "big") == APPLICATION_ID
-    )
+    found = header[APPLICATION_ID_AT : APPLICATION_ID_AT + 4]
+    return not header or (header.startswith(SQLITE_MAGIC) and int.from_bytes(found, "big") == mark)
 
 
 def back_up_before_migration(database: Path, version: int) -> tuple[str, str]:

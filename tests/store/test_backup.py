@@ -3,7 +3,9 @@ and with files that are no backups."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +27,7 @@ import httpx2
 import pytest
 
 from redbtc.cli.main import main
+from redbtc.errors import UserError
 from redbtc.store import backup as backup_module
 from redbtc.store import consistency
 from redbtc.store.schema import APPLICATION_ID, migrations, newest_version, schema
@@ -32,6 +35,7 @@ from redbtc.times import iso_time
 from redbtc_proxy import run
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, RUN, Gateway, MakeGateway, wait_until
 from tests.helpers.upstream import Received, Reply, Upstream, json_answer, response_object
+from tests.store.logged import open_log
 
 pytestmark = pytest.mark.promise_9
 
@@ -562,6 +566,114 @@ def test_a_full_disk_is_one_clear_line(make_gateway: MakeGateway) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"Error: No backup of \S+ was made: .+\n", done.stderr)
     assert not list(gateway.folder.glob("b.db*"))
+
+
+# The request log
+
+
+def log_bodies(folder: Path, *request_ids: str) -> None:
+    """Store bodies of requests in the request log of a folder."""
+
+    async def run() -> None:
+        async with open_log(folder) as tested:
+            for request_id in request_ids:
+                await tested.add(request_id, request_id.encode() * 1000)
+
+    asyncio.run(run())
+
+
+def logged_in(path: Path) -> list[str]:
+    """Return the ids in a copy of a request log, which is whole and beside its digest."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert Path(f"{path}.sha256").read_text() == f"{digest}  {path.name}\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        return [found for (found,) in database.execute("SELECT request_id FROM logged ORDER BY id")]
+
+
+def test_the_request_log_is_in_a_backup_only_if_that_is_wanted(commands: Commands) -> None:
+    path = commands.folder / "b.db"
+    bodies = Path(f"{path}.request_log.db")
+    made = commands.json("db", "backup", path, "--with-request-log")
+    assert made["request_log"] is None, "there is none"
+    log_bodies(commands.folder, "req_1")
+    assert commands.json("db", "backup", path)["request_log"] is None
+    assert not bodies.exists()
+    for number in range(2, 6):
+        log_bodies(commands.folder, f"req_{number}")
+        with_them = [] if number == 4 else ["--with-request-log"]
+        made = commands.json("db", "backup", path, "--keep", "3", *with_them)
+        assert made["request_log"] == (None if number == 4 else str(bodies))
+    assert logged_in(bodies) == [f"req_{number}" for number in range(1, 6)]
+    assert logged_in(Path(f"{path}.2.request_log.db")) == ["req_1", "req_2", "req_3"]
+    names = {"b.db", "b.db.1", "b.db.2", "b.db.request_log.db", "b.db.2.request_log.db"}
+    digests = {f"{name}.sha256" for name in names}
+    assert {file.name for file in commands.folder.glob("b.db*")} == names | digests
+    assert commands("db", "backup", path, "--keep", "1") == 0
+    assert sorted(file.name for file in commands.folder.glob("b.db*")) == ["b.db", "b.db.sha256"]
+
+
+def test_old_request_logs_leave_a_folder_with_their_backups(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = commands.folder / "backups"
+    folder.mkdir()
+    log_bodies(commands.folder, "req_1")
+    for day in (1, 2, 3):
+
+        class Today(datetime):
+            @classmethod
+            def now(cls, *_: Any, day: int = day) -> Any:
+                return cls(2026, 11, day)
+
+        monkeypatch.setattr(backup_module, "datetime", Today)
+        made = commands.json("db", "backup", folder, "--keep", "2", "--with-request-log")
+        assert logged_in(Path(made["request_log"])) == ["req_1"]
+    assert len(list(folder.iterdir())) == 2 * 4
+
+
+def test_the_request_log_is_copied_at_one_instant_and_again_if_it_was_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database_with(tmp_path / "redbtc.db", 1)
+    log_bodies(tmp_path, *(f"req_{number}" for number in range(200)))
+    file = tmp_path / "request_log.db"
+    expected = [f"req_{number}" for number in range(200)]
+    steps = 0
+    fsync = os.fsync
+
+    def change_at_each_step(descriptor: int, replaced_at: int) -> None:
+        nonlocal steps
+        steps += 1
+        fsync(descriptor)
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as database:
+            database.execute("UPDATE logged SET account_id = account_id || 'x'")
+        if steps == replaced_at:
+            shutil.copy(file, tmp_path / "copy")
+            os.replace(tmp_path / "copy", file)
+
+    monkeypatch.setattr(backup_module, "PAGES_A_STEP", 40)
+    for replaced_at in (-1, 8):
+        steps = 0
+        changed = functools.partial(change_at_each_step, replaced_at=replaced_at)
+        monkeypatch.setattr(os, "fsync", changed)
+        backup_module.back_up(tmp_path / "redbtc.db", str(tmp_path / "b.db"), with_request_log=True)
+        assert logged_in(tmp_path / "b.db.request_log.db") == expected
+        assert steps > 10
+    monkeypatch.setattr(backup_module, "BODIES_TRIES", 1)
+    steps = 0
+    with pytest.raises(UserError, match="run the backup again"):
+        backup_module.back_up(tmp_path / "redbtc.db", str(tmp_path / "c.db"), with_request_log=True)
+    assert not list(tmp_path.glob("c.db*"))
+
+
+@pytest.mark.parametrize("name", ["request_log.db", "request_log.db-wal", "t.db"])
+def test_a_backup_replaces_no_request_log_but_of_a_backup(commands: Commands, name: str) -> None:
+    log_bodies(commands.folder, "req_1")
+    database_with(commands.folder / "t.db.request_log.db", 1)
+    said = commands.refuses("db", "backup", commands.folder / name, "--with-request-log")
+    assert "choose another file" in said
 
 
 # Restores

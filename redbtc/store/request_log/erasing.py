@@ -4,7 +4,13 @@ a killed process has begun."""
 
 from __future__ import annotations
 
-from redbtc.store.request_log.file import OLDEST, REQUESTS_AT_ONCE, LogFile
+from redbtc.store.request_log.file import (
+    LONG_READER_SECONDS,
+    OLDEST,
+    READER_SECONDS,
+    REQUESTS_AT_ONCE,
+    LogFile,
+)
 from redbtc.store.request_log.jobs import Work
 from redbtc.store.request_log.results import Purged
 from redbtc.times import DAY
@@ -34,7 +40,7 @@ def purge_log(file: LogFile, now: int, max_days: int) -> Work[Purged]:
     while file.is_too_large and (oldest := file.database.execute(OLDEST).fetchall()):
         _add(purged, file.erase(number for (number,) in oldest))
         yield 0.0
-    yield from _clean(file)
+    yield from _clean(file, LONG_READER_SECONDS)
     return purged
 
 
@@ -42,7 +48,7 @@ def erase_all_of(file: LogFile, account_id: str, key_id: str | None) -> Work[Pur
     """Erase all requests of an account, or of one of its keys."""
     file.database.execute(EXPIRE_ALL_OF, (account_id, key_id))
     purged = yield from _erase_expired(file, 0)
-    yield from _clean(file)
+    yield from _clean(file, READER_SECONDS)
     return purged
 
 
@@ -69,8 +75,8 @@ def _add(purged: Purged, more: Purged) -> None:
     purged.bytes += more.bytes
 
 
-def _clean(file: LogFile) -> Work[None]:
+def _clean(file: LogFile, reader_seconds: float) -> Work[None]:
     while file.shrink():
         yield 0.0
     if file.must_scrub:
-        yield from file.scrub()
+        yield from file.scrub(reader_seconds)

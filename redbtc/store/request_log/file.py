@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from redbtc.errors import UserError
 from redbtc.store.backup import suffixed
-from redbtc.store.files import FileChanged, OpenFiles, take_lock_file
+from redbtc.store.files import FileChanged, OpenFiles, identity_of, take_lock_file
 from redbtc.store.request_log.frames import PAGE_BYTES
 from redbtc.store.request_log.replacing import (
     begin_copy,
@@ -59,7 +59,10 @@ SETTINGS: dict[str, tuple[str | int, str | int]] = {  # to set, and to be read b
     "temp_store": ("MEMORY", 2),
 }
 LOCK_WAIT_MS = 1000  # for another program that writes
-READER_SECONDS = 2.0  # to wait for another program's reader before the file is replaced
+# For which another program's reader is waited for before the file is replaced: when an owner wants
+# bodies erased, and when they have expired, which must leave a backup the time to copy the file.
+READER_SECONDS = 2.0
+LONG_READER_SECONDS = 20.0
 READER_PAUSE = 0.05
 MAX_WAL_SHARE = 4  # the WAL may take this part of max_bytes,
 MAX_LOG_WAL_BYTES = 8 << 20  # but no more than this
@@ -125,7 +128,7 @@ class LogFile:
             marks = f"application_id = {REQUEST_LOG_ID}", f"user_version = {LOG_VERSION}"
             script = "".join(f"PRAGMA {mark};" for mark in marks) + TABLES
             self.database.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
-        self._files = OpenFiles(self.path)
+        self._files, self._identity = OpenFiles(self.path), identity_of(self.path)
 
     def _refuse_foreign(self) -> None:
         if self._value("PRAGMA application_id") != REQUEST_LOG_ID:
@@ -160,13 +163,14 @@ class LogFile:
         return row[0] if row else None
 
     def check_files(self) -> None:
-        """Raise FileChanged if the database or its WAL was removed or replaced. What a removed WAL
-        holds is in the database then."""
+        """Raise FileChanged if the database was removed or replaced. If only its WAL was, as by a
+        program that had a replaced file open, go on with a copy: what the WAL held is in it."""
         try:
             self._files.check()
         except FileChanged:
-            self.database.execute("PRAGMA wal_checkpoint").fetchall()
-            raise
+            if identity_of(self.path) != self._identity:
+                raise
+            self._replace()
 
     @property
     def size(self) -> int:
@@ -237,10 +241,10 @@ class LogFile:
         self.database.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
         return True
 
-    def scrub(self) -> Generator[float, None, None]:
+    def scrub(self, reader_seconds: float) -> Generator[float, None, None]:
         """Leave nothing of what was deleted in the file or its WAL. If another program's reader
-        keeps it there for READER_SECONDS, replace the file."""
-        deadline = time.monotonic() + READER_SECONDS
+        keeps it there for so many seconds, replace the file."""
+        deadline = time.monotonic() + reader_seconds
         while not self._empty_wal():
             if time.monotonic() > deadline:
                 self._replace()
@@ -263,7 +267,7 @@ class LogFile:
             return
         now = time.monotonic()
         self._stuck_since = self._stuck_since or now
-        if now - self._stuck_since > READER_SECONDS:
+        if now - self._stuck_since > LONG_READER_SECONDS:
             self._replace()
             self._stuck_since = None
 

@@ -9,6 +9,7 @@ file format).
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -16,6 +17,8 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+
+from redbtc.errors import StorageUnavailable
 
 Body = bytes | bytearray
 
@@ -52,12 +55,10 @@ def framed(piece: bytes) -> bytes:
 
 
 def unframed(content: bytes) -> bytes:
-    """Return the piece of a body that is stored so. Raises ValueError if it is damaged."""
+    """Return the piece of a body that is stored so. Raises StorageUnavailable if it is damaged."""
     decoder = zstd.ZstdDecompressor()
-    try:
+    with contextlib.suppress(zstd.ZstdError):
         piece = decoder.decompress(content[LOCAL_BYTES:])
-    except zstd.ZstdError as error:
-        raise ValueError(f"a stored part is damaged: {error}") from None
-    if not decoder.eof:
-        raise ValueError("a stored part is damaged: it ends too soon")
-    return piece
+        if decoder.eof:
+            return piece
+    raise StorageUnavailable("a part of the body is damaged in the request log")

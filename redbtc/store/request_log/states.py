@@ -67,11 +67,11 @@ class BodyState:
         if secrets.are_in(text):
             self.is_withheld = True
             self._parts.clear()
-        time.sleep(0)  # let the event loop go on: this was some 0.1 ms without it
+        time.sleep(0)  # let the event loop go on; this took about 0.1 ms
 
-    def pieces(self, secrets: Secrets, is_last: bool) -> Iterator[bytes]:
+    def pieces(self, secrets: Secrets, *, is_last: bool, is_short: bool) -> Iterator[bytes]:
         """Take out what can be stored, in pieces. If a secret is found, end, and withhold the body.
-        With `is_last`, nothing more will come."""
+        With `is_last`, nothing more will come; with `is_short`, some of that is missing."""
         parts, self._parts = self._parts, []
         rest = b""
         for piece in pieces_of(parts):
@@ -82,7 +82,7 @@ class BodyState:
             yield text[: -secrets.overlap]
             rest = text[-secrets.overlap :]
         if is_last:
-            yield rest
+            yield secrets.without_beginning(rest) if is_short else rest
         else:
             self._parts = [rest]
 
@@ -131,7 +131,8 @@ class RequestState:
             values = *ids, recording.logged_at, recording.expires_at
             yield LogStatement(BEGIN_REQUEST, values)
         for number, body in enumerate(self._bodies):
-            for piece in body.pieces(secrets, self.is_ended):
+            is_last, is_short = self.is_ended, recording.is_short
+            for piece in body.pieces(secrets, is_last=is_last, is_short=is_short):
                 if piece:
                     yield LogStatement(ADD_PART, (request_id, number, framed(piece)))
             if body.is_withheld and not body.is_removed:

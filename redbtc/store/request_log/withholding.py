@@ -10,6 +10,7 @@ from redbtc.config import Settings
 from redbtc.store.keys import KEY_PREFIX, hash_of_key
 
 KEY_FORM = re.compile(rb"%b[0-9A-Za-z]{49}" % KEY_PREFIX.encode())
+KEY_BEGINNING = re.compile(rb"%b[0-9A-Za-z]{0,48}\Z" % KEY_PREFIX.encode())
 KEY_BYTES = len(KEY_PREFIX) + 49
 MIN_CREDENTIAL_BYTES = 8  # shorter values would be found in any text
 
@@ -34,3 +35,14 @@ class Secrets:
         if any(credential in text for credential in self._credentials):
             return True
         return any(hash_of_key(found[0].decode()) for found in KEY_FORM.finditer(text))
+
+    def without_beginning(self, text: bytes) -> bytes:
+        """Return a text of which the rest is not known without a secret that may begin at its end:
+        most of a secret is as good as all of it."""
+        if found := KEY_BEGINNING.search(text):
+            text = text[: found.start()]
+        for credential in self._credentials:
+            for size in range(len(credential) - 1, MIN_CREDENTIAL_BYTES - 1, -1):
+                if text.endswith(credential[:size]):
+                    text = text[:-size]
+        return text

@@ -76,18 +76,17 @@ class Worker:
         queue.filled.clear()
 
     def _turn(self) -> None:
-        """Take out what has come, write what is due, and go on with the first job."""
+        """Take out what has come, write what is due, and go on with a job."""
         every = False
         try:
             every = self._take_out()
-        except MemoryError as error:
+        except Exception as error:  # such as MemoryError
             self._drop(list(self._states.values()), error)
         now = time.monotonic()
         states = list(self._states.values())
         self._write([each for each in states if every or each.due_in(now) == 0.0])
         pauses = [each.due_in(now) for each in self._states.values()]
-        if self._jobs:
-            pauses.append(self._step(self._jobs[0]))
+        pauses.append(self._step())
         self._pause = min((each for each in pauses if each is not None), default=None)
 
     def _take_out(self) -> bool:
@@ -118,7 +117,7 @@ class Worker:
         self.withheld += bool(state.withheld) > bool(before)
 
     def _begin(self, job: Job[Any]) -> None:
-        """PartQueue a job, and drop what it erases and is not written yet."""
+        """Put a job in the queue of jobs, and drop what it erases and is not written yet."""
         self._jobs.append(job)
         if job.erases:
             account_id, key_id = job.erases
@@ -179,18 +178,27 @@ class Worker:
         if batch:
             yield batch
 
-    def _step(self, job: Job[Any]) -> float:
-        """Do the next step of a job. Return the seconds until the next one."""
+    def _step(self) -> float | None:
+        """Do the next step of one job after the other. Return the seconds until the next step, None
+        if there is no job."""
+        if not self._jobs:
+            return None
+        job = self._jobs.popleft()
         try:
             file = self._opened(create=False)
             pause = job.step(file)
             self.file_bytes = file.size if file else 0
-            if pause is not None:
-                return pause
+        except StorageUnavailable as error:
+            job.fail(error)
+            return 0.0
         except Exception as error:
-            job.fail(self._note_failure(error))
-        self._jobs.popleft()
-        return 0.0
+            self._note_failure(error)
+            job.fail(self._unavailable())
+            return 0.0
+        if pause is None:
+            return 0.0
+        self._jobs.append(job)
+        return pause
 
     def _opened(self, *, create: bool) -> LogFile | None:
         """Return the open file. Return None if there is none and it is not to be made. Raises
@@ -202,9 +210,9 @@ class Worker:
                 self._close_file()
         if self._file is None:
             if self._failure and time.monotonic() < self._reopen_at:
-                raise StorageUnavailable(self._failure)
+                raise self._unavailable()
             if self._damaged and identity_of(self._path) == self._damaged:
-                raise StorageUnavailable(self._failure)
+                raise self._unavailable()
             self._file = LogFile.open(self._path, self._max_bytes, create=create)
             if self._failure:
                 self._log(logging.INFO, "request log available", file=str(self._path))
@@ -213,24 +221,23 @@ class Worker:
             self._file.limit(self._max_bytes)
         return self._file
 
-    def _note_failure(self, error: Exception) -> StorageUnavailable:
-        """Close the file after an error, and log that once. Return the error for who waits."""
+    def _unavailable(self) -> StorageUnavailable:
+        return StorageUnavailable(f"the request log is unavailable: {self._failure}")
+
+    def _note_failure(self, error: Exception) -> None:
+        """Close the file after an error, and log that once."""
+        if isinstance(error, StorageUnavailable):  # it was noted before
+            return
         if is_corrupt(error):
             self._damaged = identity_of(self._path)
         self._close_file()
-        if not isinstance(error, StorageUnavailable):
-            self._reopen_at = time.monotonic() + REOPEN_SECONDS
-            known = isinstance(error, UserError)
-            reason = str(error) if known else f"{self._path}: {reason_of(error)}"
-            if reason != self._failure:
-                self._log(
-                    logging.ERROR,
-                    "request log unavailable",
-                    reason=reason,
-                    what_to_do=WHAT_TO_DO,
-                )
+        self._reopen_at = time.monotonic() + REOPEN_SECONDS
+        known = isinstance(error, UserError)
+        reason = str(error) if known else f"{self._path}: {reason_of(error)}"
+        if reason != self._failure:
             self._failure = reason
-        return StorageUnavailable(f"the request log is unavailable: {self._failure or error}")
+            event = "request log unavailable"
+            self._log(logging.ERROR, event, reason=reason, what_to_do=WHAT_TO_DO)
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
