@@ -90,11 +90,11 @@ async def report_compromised(page: PageRequest) -> PageVariables:
     return {"compromised": found, "used_kinds": used, **new}
 
 
-async def selected_key(page: PageRequest) -> str:
-    """Return the id of the key that a form selects. Raises NotFound if the account has no such
-    key."""
+async def selected_key(page: PageRequest, field: str = "key") -> str:
+    """Return the id of the key that a field of a form selects. Raises NotFound if the account has
+    no such key."""
     found = (await page.ask(API.list_keys, account=page.path["account"])).keys
-    key_id = page.form.get("key", "")
+    key_id = page.form.get(field, "")
     if all(key.id != key_id for key in found):
         raise NotFound("this account has no such key")
     return key_id

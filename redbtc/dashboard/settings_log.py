@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from redbtc.admin.api import API
 from redbtc.dashboard.formats import counted
+from redbtc.dashboard.key_page import selected_key
 from redbtc.dashboard.page_request import PageRequest
 from redbtc.dashboard.rendering import PageVariables
 
@@ -26,8 +27,8 @@ async def log_variables(page: PageRequest) -> PageVariables:
 async def switch_log_on(page: PageRequest) -> None:
     """Keep bodies of further requests, of the whole account or of one key."""
     body = page.fields("days")
-    if key := page.form.get("of_key", ""):
-        body["key"] = key
+    if page.form.get("of_key"):
+        body["key"] = await selected_key(page, "of_key")
     await page.do(API.set_request_log, body, account=page.path["account"])
 
 
@@ -35,8 +36,8 @@ async def switch_log_off(page: PageRequest) -> PageVariables | None:
     """Keep no bodies of further requests. If that is asked for, erase those that are stored, and
     say of how many requests."""
     body = {"days": None, "purge": "true" if page.form.get("purge") else "false"}
-    if key := page.form.get("of_key", ""):
-        body["key"] = key
+    if page.form.get("of_key"):
+        body["key"] = await selected_key(page, "of_key")
     done = await page.do(API.set_request_log, body, account=page.path["account"])
     if not isinstance(done.erased_requests, int):
         return None

@@ -87,13 +87,16 @@ class BodyRecorder:
         """Record nothing more, and store nothing of a request whose row was removed."""
         recording, self._recording = self._recording, None
         if recording:
-            try:
-                if has_row:
-                    recording.end()
-                else:
-                    recording.discard()
-            except Exception as error:
-                log_failure(self._request_id, error)
+            self._end(recording, has_row=has_row)
+
+    def _end(self, recording: Recording, *, has_row: bool) -> None:
+        try:
+            if has_row:
+                recording.end()
+            else:
+                recording.discard()
+        except Exception as error:
+            log_failure(self._request_id, error)
 
     def _note_encoding(self, body: int, headers: Headers) -> None:
         if self._recording:
@@ -102,28 +105,31 @@ class BodyRecorder:
 
     def _copy(self, parts: list[bytes | memoryview]) -> Steps[None]:
         for part in parts:
-            if isinstance(part, bytes):
+            if isinstance(part, bytes):  # which does not change
                 self._hand(Recording.request, part)
                 continue
             for start in range(0, len(part), COPIED_BYTES):
-                self._hand(Recording.request, bytes(part[start : start + COPIED_BYTES]))
+                self._hand(Recording.request, part[start : start + COPIED_BYTES])
                 yield
 
     def _copy_event(self, message: str | bytes) -> Steps[None]:
         for start in range(0, len(message), COPIED_BYTES):
-            part = message[start : start + COPIED_BYTES]
-            self._hand(Recording.response, part.encode() if isinstance(part, str) else part)
+            self._hand(Recording.response, message[start : start + COPIED_BYTES])
             yield
         self._hand(Recording.response, b"\n")
 
-    def _hand(self, method: Callable[[Recording, bytes], None], body: bytes) -> None:
-        if self._recording is None or not body:
+    def _hand(
+        self, method: Callable[[Recording, bytes], None], part: bytes | memoryview | str
+    ) -> None:
+        if self._recording is None or not part:
             return
         try:
-            method(self._recording, body)
+            method(self._recording, part.encode() if isinstance(part, str) else bytes(part))
         except Exception as error:  # whatever it is, it is not the request's business
-            self._recording = None
+            recording, self._recording = self._recording, None
+            recording.is_short = True  # what is stored of it is not complete
             log_failure(self._request_id, error)
+            self._end(recording, has_row=True)
 
 
 def log_failure(request_id: str, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -509,6 +510,77 @@ def test_an_owner_reads_and_accepts_the_terms_by_keyboard_alone(
     looker.close()
     context.close()
     assert looker.found == []
+
+
+def show_body(name: str) -> Callable[[Page], None]:
+    """Return what reads a stored body."""
+    return lambda page: page.get_by_role("button", name=f"Show {name} body", exact=True).click()
+
+
+def test_an_owner_has_requests_logged_and_reads_them_by_keyboard_alone(
+    gateway: Gateway, browser: Browser, closing: Callable[[Login], Login]
+) -> None:
+    key, account = gateway.new_key("a"), gateway.api("GET", "/accounts/a")["id"]
+    owner = closing(new_user(gateway, "ada@example.com", "owner", "a"))
+    context = browser.new_context()
+    context.add_cookies([cookie_of(owner, gateway)])
+    page = context.new_page()
+    page.goto(f"{gateway.url}/dashboard/")
+    enter(page, "Settings")
+    see(page, "Request logging")
+    expect(page.get_by_text("Off: no body of a request is kept.")).to_be_visible()
+    write(page, Days_to_keep_bodies="31")
+    enter(page, "Keep bodies")
+    expect(page.get_by_role("alert")).to_contain_text("30 days at most")
+    write(page, Days_to_keep_bodies="7")
+    enter(page, "Keep bodies")
+    expect(page.get_by_text("On: the bodies of all requests are kept for 7 days.")).to_be_visible()
+    with gateway.client(key) as client:
+        answer = client.post("/responses", json={"model": "gpt-up", "input": NASTY})
+    request_id = answer.headers["x-redbtc-request-id"]
+    enter(page, "Usage")
+    expect(page.locator("tbody tr")).to_contain_text("Bodies stored")
+    enter(page, request_id)
+    see(page, "Bodies")
+    enter(page, "Show request body")
+    body = page.locator("#request-body")
+    expect(body).to_have_text(
+        json.dumps({"model": "gpt-up", "input": NASTY}, separators=(",", ":"))
+    )
+    press(page, "Copy")
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    expect(page.locator("#response-body")).to_have_count(0)
+    tab_to(page, "Download response body")
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    assert download.value.path().read_bytes() == answer.content
+    enter(page, "Settings")
+    expect(page.get_by_role("region", name="Last readings of stored bodies")).to_contain_text(
+        request_id
+    )
+    looker = Looker(browser, gateway, owner)
+    settings, request = (
+        f"/dashboard/accounts/{account}/{each}" for each in ("settings", f"usage/{request_id}")
+    )
+    looker.look(settings)
+    looker.look(f"/dashboard/accounts/{account}/usage")
+    for name in ("request", "response"):
+        looker.look(request, show_body(name))
+    looker.close()
+    for email, role, of in (("vi@example.com", "viewer", "a"), ("op@example.com", "operator", "")):
+        other = Looker(browser, gateway, closing(new_user(gateway, email, role, of)))
+        other.look(request)
+        if role == "operator":
+            other.look(settings)
+        other.close()
+        looker.found += other.found
+    assert looker.found == []
+    press(page, "Switch off")
+    tab_to(page, "Erase stored bodies now")
+    page.keyboard.press("Space")
+    enter(page, "Switch off logging")
+    expect(page.get_by_role("status").first).to_have_text("Bodies of 1 request erased.")
+    context.close()
 
 
 def test_pages_of_a_new_gateway_are_accessible(

@@ -189,7 +189,13 @@ FORMS: dict[str, dict[str, dict[str, str]]] = {
         "pay": {"amount": "1000"},
         "terminate": {"name": "a"},
     },
-    "/settings": {"close": {"name": "b"}, "keep": {}},
+    "/settings": {
+        "log_on": {"days": "1"},
+        "log_off": {"purge": "1"},
+        "export": {},
+        "close": {"name": "b"},
+        "keep": {},
+    },
 }
 OPERATORS_FORMS: dict[str, dict[str, dict[str, str]]] = {
     "/accounts": {"add": {"name": "mine"}},
@@ -232,7 +238,7 @@ def test_each_role_against_each_form(gateway: Gateway, closing: Callable[[Login]
                     status = 403
                 elif at == own and (do == "add" or page == "/settings"):
                     continue
-                sent = {"key": key, "user": user, **form}
+                sent = {"key": key, "of_key": key, "user": user, **form}
                 answer = owner.post(f"/dashboard/accounts/{at}{page}", do=do, **sent)
                 assert answer.status_code == status, (page, do, at, answer.text)
                 assert not any(each in answer.text for each in (keys[1], "o@b.c"))

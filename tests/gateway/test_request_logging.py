@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import backports.zstd
@@ -18,6 +19,7 @@ from redbtc.server.asgi import Client, Message
 from redbtc.store.request_log import Recording
 from redbtc.store.request_log.frames import Body
 from redbtc.store.request_log.recording import PartQueue
+from tests.gateway.test_failover import black_hole
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
 from tests.helpers.request_logs import logged_ids, read_body, set_log, stored
 from tests.helpers.turns import steer, steered
@@ -227,6 +229,27 @@ def test_of_a_request_that_all_upstreams_failed_the_clients_body_is_stored(
         assert refused.status_code == 400
     assert stored(gateway, request_id(answer)) == (upstream.requests[-1].body, None)
     assert read_body(gateway, request_id(refused), "request").status_code == 404
+
+
+def test_nothing_is_stored_of_a_request_that_was_never_sent(
+    make_gateway: MakeGateway, tmp_path: Path
+) -> None:
+    """Its client leaves while the gateway connects, so its row is removed."""
+    with black_hole(tmp_path) as hole:
+        upstream = {"name": "test", **hole, "api_key_env": "TEST_UPSTREAM_KEY"}
+        settings = {"upstreams": [upstream], "metering": {"on_disconnect": "cancel"}}
+        gateway = make_gateway(settings).start()
+        key = gateway.new_key()
+        set_log(gateway, "test", 7)
+        long = {**ASKED, "input": "so long that it is stored at once " * 10_000}
+        with gateway.begin(key, long):
+            gateway.wait_for_rows(1)
+            (row,) = gateway.rows()
+            wait_until(lambda: logged_ids(gateway) == {row["request_id"]})
+        gateway.wait_for_rows(0)
+        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 0)
+        shown = gateway.api("GET", "/accounts/test/request-log")
+        assert shown["requests"] == 0
 
 
 def lines(events: list[str]) -> bytes:

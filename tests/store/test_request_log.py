@@ -621,6 +621,7 @@ def test_a_secret_in_a_compressed_body_is_found_in_its_text(tmp_path: Path) -> N
                 recording.response(coder.compress(part))
                 if at % 30_000 == 0:
                     await tested.log.ids_of("")
+            recording.response(coder.flush())
             recording.end()
             found = await tested.log.read("req_1")
             assert found
