@@ -573,7 +573,8 @@ def test_a_change_says_where_it_comes_from(house: House) -> None:
 UNLOGGED = {  # they change nothing that is kept, or are in the list of upstreams' changes
     *("end_session", "check_database", "test_webhook", "rest_upstream", "resume_upstream")
 }
-KINDS = {"add_prices": "price", "change_password": "user"}  # others are in the operation's name
+# The kinds of changes that are not in the operation's name.
+KINDS = {"add_prices": "price", "change_password": "user", "purge": "retention"}
 
 
 def test_every_change_is_logged_with_who_before_and_after(gateway: Gateway) -> None:
