@@ -598,6 +598,7 @@ KINDS = {  # others are in the operation's name
     "ask_for_closing": "account",
     "withdraw_closing": "account",
     "set_request_log": "request_log",
+    "purge": "retention",
 }
 
 
