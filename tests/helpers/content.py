@@ -328,11 +328,17 @@ class Ways:
 
     def leaving(self) -> bytes:
         """Leave in the middle of an answer."""
-        with self._gateway.begin(self._key, self.body("endless", stream=True)) as sock:
-            answer = b""
-            while b"delta" not in answer and (part := sock.recv(65536)):
-                answer += part
-            return answer
+        with contextlib.ExitStack() as stack:
+            return self.begin_endless(stack)
+
+    def begin_endless(self, stack: contextlib.ExitStack) -> bytes:
+        """Begin a stream, which goes on until the end of `stack`; return the first events."""
+        body = self.body("endless", stream=True)
+        sock = stack.enter_context(self._gateway.begin(self._key, body))
+        answer = b""
+        while b"delta" not in answer and (part := sock.recv(65536)):
+            answer += part
+        return answer
 
     def turn(self) -> bytes:
         """Send one request over a WebSocket."""

@@ -39,11 +39,24 @@ class WriteTrace:
             *("-s", str(MAX_SHOWN), "-o", str(path), "-e", f"trace={calls}"),
         )
 
+    def note_start(self) -> None:
+        """Note which process traces the gateway, which has started."""
+        status = Path(f"/proc/{self._gateway.pid}/status").read_text()
+        (tracer,) = [line.split()[1] for line in status.splitlines() if line[:9] == "TracerPid"]
+        assert tracer != "0", "it is traced"
+        self._tracer = Path(f"/proc/{tracer}/status")
+        self._gateway.wrapper = ()  # a command that is traced would overwrite the trace
+
+    def _is_over(self) -> bool:
+        try:
+            return "\nState:\tZ" in self._tracer.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
     def read(self) -> None:
         """Read the trace, once the gateway has ended."""
         self._gateway.wait()
-        ended = re.compile(rb"^%d \+\+\+" % self._gateway.pid, re.MULTILINE)
-        wait_until(lambda: ended.search(self._path.read_bytes()))
+        wait_until(self._is_over)
         lines = [line.partition(b" ")[2].lstrip() for line in self._path.read_bytes().splitlines()]
         self._lines = [line for line in lines if b"<... " not in line]
 

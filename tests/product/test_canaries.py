@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers.canaries import files_with_parts, new_canary, parts_in
 from tests.helpers.content import ALL, Quoting, Ways, settings
-from tests.helpers.gateway import Gateway, MakeGateway, wait_until
+from tests.helpers.gateway import Gateway, MakeGateway
 from tests.helpers.tracing import WriteTrace
 from tests.helpers.upstream import Upstream
 
@@ -51,7 +51,8 @@ def make_traced(make_gateway: MakeGateway, upstream: Upstream, tmp_path: Path) -
         gateway = make_gateway(settings(upstream), TMPDIR=str(temporary))
         gateway.prelude = prelude
         trace = WriteTrace(gateway, tmp_path / "trace")
-        gateway.start().wrapper = ()  # commands are not traced: they would overwrite the trace
+        gateway.start()
+        trace.note_start()
         return gateway, trace
 
     return make
@@ -98,8 +99,7 @@ def kill_in_flight(gateway: Gateway, key: str) -> None:
     """Kill the gateway while answers stream whose progress is saved."""
     with contextlib.ExitStack() as stack, Ways(gateway, key) as ways:
         for _ in range(3):
-            stack.enter_context(gateway.begin(key, ways.body("endless", stream=True)))
-        wait_until(lambda: gateway.metrics()["redbtc_in_flight"] == 3)
+            ways.begin_endless(stack)
         time.sleep(1.5)  # progress is saved after a second
         gateway.kill()
 

@@ -124,10 +124,10 @@ def rss_with_streams(
 @pytest.mark.parametrize(
     ("ask", "streams", "size"),
     [
-        (begin_json, 3, LARGE),
-        (begin_form, 3, LARGE),
-        (begin_event, 3, LARGE),
-        (begin_event, 80, FRAME),
+        (begin_json, 2, LARGE),
+        (begin_form, 2, LARGE),
+        (begin_event, 2, LARGE),
+        (begin_event, 60, FRAME),
     ],
 )
 def test_a_body_is_dropped_when_its_answer_begins(
