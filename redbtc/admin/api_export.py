@@ -76,7 +76,7 @@ class ExportOperations(Access):
     async def plan_export(self, actor: Actor, query: InstantQuery, account: str) -> ExportPlan:
         """List the parts of an export of an account."""
         found, as_of = await self._exported(actor, account, query.as_of)
-        head = head_of(actor, found, as_of)
+        head = manifest_head(actor, found, as_of)
         parts = await self._parts(found, as_of, head.with_content)
         return ExportPlan(**asdict(head), parts=parts)
 
@@ -102,7 +102,7 @@ class ExportOperations(Access):
     async def export_account(self, actor: Actor, account: str) -> AsyncIterator[bytes]:
         """Return all that is stored of an account as a ZIP archive with a manifest."""
         found, as_of = await self._exported(actor, account, None)
-        head = head_of(actor, found, as_of)
+        head = manifest_head(actor, found, as_of)
         parts = await self._parts(found, as_of, head.with_content)
         if parts[-1].requests:
             await self._note_content(actor, found, as_of)
@@ -151,7 +151,7 @@ def may_have_content(actor: Actor) -> bool:
     return actor.is_command or actor.rank == "owner"
 
 
-def head_of(actor: Actor, account: AccountWithMoney, as_of: int) -> ManifestHead:
+def manifest_head(actor: Actor, account: AccountWithMoney, as_of: int) -> ManifestHead:
     """Return the head of an export's manifest."""
     return ManifestHead(
         account=account.name,
