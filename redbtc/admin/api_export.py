@@ -76,7 +76,7 @@ class ExportOperations(Access):
     async def plan_export(self, actor: Actor, query: InstantQuery, account: str) -> ExportPlan:
         """List the parts of an export of an account."""
         found, as_of = await self._exported(actor, account, query.as_of)
-        head = await self._head(actor, found, as_of)
+        head = manifest_head(actor, found, as_of)
         parts = await self._parts(found, as_of, head.with_content)
         return ExportPlan(**asdict(head), parts=parts)
 
@@ -89,8 +89,11 @@ class ExportOperations(Access):
             raise NotFound(f"an export has no part {part!r}")
         wanted = PlannedPart(part, 0, query.requests.split(",") if query.requests else [])
         if part == "content":
-            if not await self._may_have_content(actor, found):
-                raise Forbidden("stored content is for the account's owner")
+            if not may_have_content(actor):
+                raise Forbidden(
+                    "only the owner of an account can export stored content in a browser; on the "
+                    "gateway's machine, use: redbtc-proxy account export NAME --to FILE.zip"
+                )
             if wanted.requests:
                 await self._note_content(actor, found, as_of)
         files = files_of(AccountExport(self, found, as_of), [wanted])
@@ -99,7 +102,7 @@ class ExportOperations(Access):
     async def export_account(self, actor: Actor, account: str) -> AsyncIterator[bytes]:
         """Return all that is stored of an account as a ZIP archive with a manifest."""
         found, as_of = await self._exported(actor, account, None)
-        head = await self._head(actor, found, as_of)
+        head = manifest_head(actor, found, as_of)
         parts = await self._parts(found, as_of, head.with_content)
         if parts[-1].requests:
             await self._note_content(actor, found, as_of)
@@ -124,16 +127,6 @@ class ExportOperations(Access):
         owner = Actor(actor.name, "owner", found.id)
         return await self.with_money(found, owner), at
 
-    async def _head(self, actor: Actor, account: AccountWithMoney, as_of: int) -> ManifestHead:
-        return ManifestHead(
-            account=account.name,
-            account_id=account.id,
-            as_of=json_time(as_of),
-            made_at=json_time(now_ms()),
-            made_by=actor.name,
-            with_content=await self._may_have_content(actor, account),
-        )
-
     async def _parts(
         self, account: AccountWithMoney, as_of: int, with_content: bool
     ) -> list[PlannedPart]:
@@ -146,17 +139,28 @@ class ExportOperations(Access):
             parts.append(PlannedPart("content", 2 * len(some), some))
         return parts
 
-    async def _may_have_content(self, actor: Actor, account: AccountWithMoney) -> bool:
-        """Return whether stored content may be shown: to the owner and to commands; to operators in
-        a browser only if the account never needed an owner to read it."""
-        if actor.is_command or actor.rank == "owner":
-            return True
-        return not account.terminated_at and not await self.users.all(account.id, "owner")
-
     async def _note_content(self, actor: Actor, account: AccountWithMoney, as_of: int) -> None:
         """Write into the log of changes that stored content is about to be exported."""
         values = (account.id, json_time(as_of))
         await self.billing.store.transact((NOTE_CONTENT_EXPORT, values), by=actor.name)
+
+
+def may_have_content(actor: Actor) -> bool:
+    """Return whether an export may include stored content: Rule 2 of admin/api_log.py. It does not
+    depend on whether the account has an owner, whom an operator could remove first."""
+    return actor.is_command or actor.rank == "owner"
+
+
+def manifest_head(actor: Actor, account: AccountWithMoney, as_of: int) -> ManifestHead:
+    """Return the head of an export's manifest."""
+    return ManifestHead(
+        account=account.name,
+        account_id=account.id,
+        as_of=json_time(as_of),
+        made_at=json_time(now_ms()),
+        made_by=actor.name,
+        with_content=may_have_content(actor),
+    )
 
 
 async def files_of(

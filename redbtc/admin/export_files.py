@@ -17,13 +17,20 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from redbtc.admin.access import Access
-from redbtc.admin.outputs import AccountWithMoney
+from redbtc.admin.outputs import AccountWithMoney, UsageReport
 from redbtc.admin.users import UserShown
 from redbtc.admin.zip_stream import ExportedFile
 from redbtc.billing.csv import csv_line, csv_lines, statement_lines
 from redbtc.billing.overviews import months
 from redbtc.billing.records import Notice, Payment
-from redbtc.billing.reports import Range, RequestShown, every_request, group_type, usage_by
+from redbtc.billing.reports import (
+    Range,
+    RequestShown,
+    erased_in,
+    every_request,
+    group_type,
+    usage_by,
+)
 from redbtc.billing.statements import Statement, statement
 from redbtc.slices import with_turns
 from redbtc.store.accounts import KeyInList
@@ -170,7 +177,9 @@ class AccountExport:
         async with self._store.snapshot() as snapshot:
             groups = await usage_by(snapshot, wanted, ["day", "model"], currency)
             (totals,) = await usage_by(snapshot, wanted, [], currency)
-        content = msgspec.json.encode({"groups": groups, "totals": totals})
+            erased = iso_time(await erased_in(snapshot, wanted))
+        report = UsageReport(groups=groups, totals=totals, erased_before=erased)
+        content = msgspec.json.encode(report)
         columns = columns_of(group_type(("day", "model")))
         return [
             ExportedFile("usage-by-day.json", at_once(content)),
