@@ -251,14 +251,28 @@ def copies_beside(database: Path) -> list[str]:
     other ledgers and request logs, such as backups and the copies that are made before a migration
     or by a restore, and changes that the database has refused."""
     refused, found = suffixed(database, ".owed.refused"), []
-    in_use = (database, database.with_name(REQUEST_LOG))
     for each in database.parent.iterdir():
         with contextlib.suppress(OSError):
-            is_ours = any(_is_ours(each, mark) for mark in (APPLICATION_ID, REQUEST_LOG_ID))
-            is_copy = each not in in_use and is_ours and each.stat().st_size
-            if is_copy or each == refused:
+            if each == refused or (not _is_in_use(each, database) and _is_copy(each)):
                 found.append(str(each))
     return sorted(found)
+
+
+def _is_in_use(file: Path, database: Path) -> bool:
+    """Return whether a file, under whatever name, belongs to the database or to the request log
+    beside it. Such a file must not be opened: closing it would end all locks that SQLite holds on
+    it for this process, and the next program to read the database would remove its WAL file."""
+    ends = ("", "-wal", "-shm")
+    used = [
+        suffixed(each, end) for each in (database, database.with_name(REQUEST_LOG)) for end in ends
+    ]
+    return any(each.exists() and file.samefile(each) for each in used)
+
+
+def _is_copy(file: Path) -> bool:
+    """Return whether a file has the header of a ledger or of a request log."""
+    is_ours = any(_is_ours(file, mark) for mark in (APPLICATION_ID, REQUEST_LOG_ID))
+    return is_ours and file.stat().st_size > 0
 
 
 def sync_folder(folder: Path) -> None:
