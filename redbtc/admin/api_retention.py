@@ -58,6 +58,6 @@ class RetentionOperations(Access):
         if not trusted_at:
             await retention.erase_old(settings, erased, PURGE_PAUSE_FACTOR)
         await retention.record(erased, actor.name)
-        if not await retention.scrub(PURGE_SCRUB_SECONDS):
+        if not await retention.scrub(PURGE_SCRUB_SECONDS, PURGE_PAUSE_FACTOR):
             still_to_do.append(NOT_SCRUBBED)
         return Purge(True, erased, still_to_do)
