@@ -12,8 +12,8 @@ from redbtc.admin.actors import Actor
 from redbtc.admin.inputs_closing import AccountTerminated, Termination
 from redbtc.errors import Conflict, StorageUnavailable
 from redbtc.store.accounts import Account
-from redbtc.store.backup import copies_beside
 from redbtc.store.closing import ask_for_closing, erase_now, terminate, withdraw_closing
+from redbtc.store.copies import copies_beside
 from redbtc.store.erasure import ErasureEnd, ErasureProgress, erase_account
 from redbtc.store.json_values import json_time
 from redbtc.times import DAY

@@ -69,6 +69,6 @@ class RetentionOperations(Access):
                 if end.missing:
                     still_to_do.append(NOT_ERASED.format(end.account_id, end.missing))
         await retention.record(erased, actor.name)
-        if not await retention.scrub(PURGE_SCRUB_SECONDS):
+        if not await retention.scrub(PURGE_SCRUB_SECONDS, PURGE_PAUSE_FACTOR):
             still_to_do.append(NOT_SCRUBBED)
         return Purge(True, erased, still_to_do)

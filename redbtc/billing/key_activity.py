@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from redbtc.billing.reports import Group, Range, RequestShown, Sums, requests_in, usage_by
+from redbtc.billing.reports import (
+    Group,
+    Range,
+    RequestShown,
+    Sums,
+    erased_in,
+    requests_in,
+    usage_by,
+)
 from redbtc.store.json_values import Moment, json_time
 from redbtc.store.readers import Reader
 from redbtc.times import iso_time
@@ -19,7 +27,9 @@ OUTCOMES_OF_KEY = """
 
 class KeyActivity(Struct):
     """The requests of a key that started at `since` or later: their number by outcome, the time of
-    the first and the last, sums by model and in total, and the latest 20, oldest first."""
+    the first and the last, sums by model and in total, and the latest 20, oldest first. If rows of
+    the account were erased in this range, `erased_before` is the time before which: such requests
+    are only in the sums, of whole days."""
 
     since: Moment
     first_request_at: Moment | None
@@ -28,6 +38,7 @@ class KeyActivity(Struct):
     models: list[Group]
     totals: Sums
     latest: list[RequestShown]
+    erased_before: Moment | None
 
 
 async def activity_of_key(
@@ -46,4 +57,5 @@ async def activity_of_key(
         models=await usage_by(snapshot, wanted, ["model"], currency),
         totals=totals,
         latest=await requests_in(snapshot, newest, currency),
+        erased_before=iso_time(await erased_in(snapshot, wanted)),
     )

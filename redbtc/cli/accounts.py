@@ -241,6 +241,8 @@ def compromised_text(found: dict[str, Any]) -> str:
         "cost": f"{activity['totals']['cost']} {activity['totals']['currency']}",
     }
     parts.append(details(facts))
+    if erased := activity["erased_before"]:
+        parts.append(f"Requests before {erased} were erased: they are only in the sums.")
     used = [kind for kind in KINDS if activity["totals"][kind]]
     if models := activity["models"]:
         parts.append(table(models, ["model", "requests", *used, "cost"]))

@@ -81,7 +81,7 @@ class DailyWork:
             self._erased, self._done = Erased(), due
         if time.monotonic() >= self._accounts_at and not self._trusted_at:
             await self._erase_due_accounts()
-        is_scrubbed = await self._retention.scrub(0)
+        is_scrubbed = await self._retention.scrub(0, PAUSE_FACTOR)
         reason = "another program reads the database; erased data stays in its files until then"
         self._say_once("erased data not scrubbed", None if is_scrubbed else True, reason=reason)
 

@@ -246,21 +246,6 @@ def problems(database: sqlite3.Connection, checks: Mapping[str, str]) -> list[st
     ]
 
 
-def copies_beside(database: Path) -> list[str]:
-    """Return the files in a database's folder that may have data which was erased in the database:
-    other ledgers and request logs, such as backups and the copies that are made before a migration
-    or by a restore, and changes that the database has refused."""
-    refused, found = suffixed(database, ".owed.refused"), []
-    in_use = (database, database.with_name(REQUEST_LOG))
-    for each in database.parent.iterdir():
-        with contextlib.suppress(OSError):
-            is_ours = any(_is_ours(each, mark) for mark in (APPLICATION_ID, REQUEST_LOG_ID))
-            is_copy = each not in in_use and is_ours and each.stat().st_size
-            if is_copy or each == refused:
-                found.append(str(each))
-    return sorted(found)
-
-
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -492,11 +477,11 @@ def _check_target(database: Path, path: Path) -> None:
     if suffixed(path, ".lock").exists():
         raise UserError(f"{path} is the database of a gateway ({path}.lock); choose another file")
     for file, mark in ((path, APPLICATION_ID), (bodies_of(path), REQUEST_LOG_ID)):
-        if file.exists() and not _is_ours(file, mark):
+        if file.exists() and not has_mark(file, mark):
             raise UserError(f"{file} exists and is not a backup; choose another file")
 
 
-def _is_ours(path: Path, mark: int) -> bool:
+def has_mark(path: Path, mark: int) -> bool:
     """Return whether a file is empty or has the header of a database of this program, with this
     application id."""
     if not stat.S_ISREG(path.stat().st_mode):

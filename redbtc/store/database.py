@@ -201,9 +201,9 @@ class Store:
         """Empty the WAL file if it is large, as WalFile.shrink does."""
         return await self._wal.shrink()
 
-    async def scrub(self, seconds: float) -> bool:
+    async def scrub(self, seconds: float, pause_factor: float) -> bool:
         """Bring what was erased out of the database's files, as WalFile.scrub does."""
-        return await self._wal.scrub(seconds)
+        return await self._wal.scrub(seconds, pause_factor)
 
     def check_files(self) -> None:
         """Notice removed or replaced files even while nothing is committed: what only they hold is

@@ -27,6 +27,8 @@ from redbtc.store.request_log import RequestLog
 PAGE_OF_ROWS = 1000  # that are read at once
 ERASED_ROWS = 100  # in a transaction
 SCRUB_SECONDS = 10  # for another program that reads the database
+# A pause is so many times as long as the transaction before it: about one request in ten meets one.
+PAUSE_FACTOR_OF_ERASURE = 10
 
 PERMIT = "INSERT INTO erasing (id, what, account_id) VALUES (1, 'account', ?)"
 END_PERMIT = "DELETE FROM erasing"
@@ -176,7 +178,7 @@ async def erase_account(
         yield ErasureEnd(account_id, "some of its requests have not ended")
         return
     yield ErasureProgress("files", 0)
-    if not await store.scrub(SCRUB_SECONDS):
+    if not await store.scrub(SCRUB_SECONDS, PAUSE_FACTOR_OF_ERASURE):
         reader = "another program still reads an earlier state of the database"
         yield ErasureEnd(account_id, reader if store.healthy else store.failure)
         return
@@ -187,8 +189,9 @@ async def erase_account(
 async def erase_rows(
     store: Store, account_id: str, step: ErasureStep
 ) -> AsyncIterator[ErasureProgress]:
-    """Erase the rows of a step, in batches, with a pause after each query and each transaction that
-    is as long as that took. Yield the progress, at least once."""
+    """Erase the rows of a step, in batches. After each query there is a pause that is as long as
+    that took, and after each transaction a longer one, unless the ledger is idle. Yield the
+    progress, at least once."""
     position, rows = {"at": -1, "id": ""}, 0
     yield ErasureProgress(step.name, rows)
     while True:
@@ -205,7 +208,8 @@ async def erase_rows(
             await store.transact((PERMIT, (account_id,)), *erase, (END_PERMIT, ()))
             rows += len(batch)
             yield ErasureProgress(step.name, rows)
-            await asyncio.sleep(time.monotonic() - began)
+            factor = 1 if store.commits.idle else PAUSE_FACTOR_OF_ERASURE
+            await asyncio.sleep(factor * (time.monotonic() - began))
         if len(page) < PAGE_OF_ROWS:
             return
         position = {"at": page[-1]["at"], "id": page[-1]["id"]}

@@ -179,14 +179,14 @@ class Retention:
         """Write into the log of changes what was erased. Raises StorageUnavailable."""
         await self._store.transact((RECORD_ERASED, (json.dumps(asdict(erased)),)), by=by)
 
-    async def scrub(self, seconds: float) -> bool:
-        """Bring what was erased out of the database's files, if that is due. Return False if
-        another program still reads the database after so many seconds: then it is still due.
-        Raises StorageUnavailable."""
+    async def scrub(self, seconds: float, pause_factor: float) -> bool:
+        """Bring what was erased out of the database's files, if that is due, as WalFile.scrub does.
+        Return False if another program still reads the database after so many seconds: then it is
+        still due. Raises StorageUnavailable."""
         due = (await self._state())["unscrubbed"]
         if not due:
             return True
-        if not await self._store.scrub(seconds):
+        if not await self._store.scrub(seconds, pause_factor):
             return False
         await self._store.transact_step((SCRUBBED, (due,)))
         return True

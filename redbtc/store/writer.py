@@ -104,23 +104,24 @@ class Writer(DatabaseConnection):
             database.execute(f"PRAGMA busy_timeout = {timeout_ms}")
         return not is_busy
 
-    async def zero_gaps(self, file: int, first: int, count: int) -> int | None:
-        """Empty the WAL, then overwrite the gaps of some pages as remnants.zero_gaps does, and
-        return what it returns. Return None, and do nothing, if a reader still needs the WAL.
-        Raises sqlite3.Error, FileChanged, OSError."""
-        pages: int | None = await self._execute(self._zero_gaps, file, first, count)  # type: ignore[no-untyped-call]
-        return pages
+    async def zero_gaps(self, file: int, pages: Sequence[int]) -> bool:
+        """Empty the WAL, then overwrite the gaps of these pages as remnants.zero_gaps does. Return
+        False, and do nothing, if a reader still needs the WAL. Raises sqlite3.Error, FileChanged,
+        OSError."""
+        done: bool = await self._execute(self._zero_gaps, file, pages)  # type: ignore[no-untyped-call]
+        return done
 
-    def _zero_gaps(self, file: int, first: int, count: int) -> int | None:
+    def _zero_gaps(self, file: int, pages: Sequence[int]) -> bool:
         if not self._empty_wal():
-            return None
+            return False
         database = self._conn
         database.execute("BEGIN IMMEDIATE")  # now nobody writes, and there is nothing to copy
         try:
-            return zero_gaps(file, first, count)
+            zero_gaps(file, pages)
         finally:
             database.rollback()
             database.execute("PRAGMA shrink_memory")  # drops the pages that it has in memory
+        return True
 
     @property
     def works(self) -> bool:

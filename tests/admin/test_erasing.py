@@ -205,6 +205,25 @@ def test_copies_are_named_and_a_reader_is_waited_for(make_gateway: MakeGateway) 
     assert set(marks_in(gateway.folder, MARK)) == {str(backup)}
 
 
+def test_looking_for_copies_leaves_the_locks_of_the_database(make_gateway: MakeGateway) -> None:
+    """If they were gone, another program's reader would take itself for the last one when it ends,
+    and remove the WAL file that the gateway writes to."""
+    gateway = make_gateway()
+    account = gateway.cli("account", "add", "leaves")
+    linked = gateway.folder / "linked.db"
+    linked.hardlink_to(gateway.database)
+    gateway.start()
+    done = gateway.cli("account", "terminate", account["id"], "--now", "--yes")
+    assert done["copies"] == []
+    wal = gateway.database.with_name("redbtc.db-wal")
+    for _ in range(2):
+        with contextlib.closing(sqlite3.connect(gateway.database)) as reader:
+            assert has_name(reader, account["id"])
+        assert wal.exists()
+    gateway.new_key("other")
+    assert gateway.get("/readyz").status_code == 200
+
+
 def has_name(db: sqlite3.Connection, name: str) -> bool:
     return bool(db.execute("SELECT 1 FROM accounts WHERE name = ?", (name,)).fetchall())
 

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import random
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from redbtc.store.database import Store
-from redbtc.store.remnants import gap_of
+from redbtc.store.remnants import gap_of, pages_with_remnants
+from redbtc.store.writer import Writer
 
 pytestmark = pytest.mark.promise_6
 
@@ -52,11 +54,11 @@ def test_rows_that_were_moved_and_deleted_are_gone(
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
             await fill(store, random.Random(1))
             with monkeypatch.context() as without:
-                without.setattr("redbtc.store.writer.zero_gaps", lambda *_: 0)
-                assert await store.scrub(5)
+                without.setattr("redbtc.store.writer.zero_gaps", lambda *_: None)
+                assert await store.scrub(5, 0)
             assert marks(tmp_path), "SQLite alone leaves some"
             monkeypatch.setattr("redbtc.store.wal.SCRUB_PAGES", 7)  # several steps
-            assert await store.scrub(5)
+            assert await store.scrub(5, 0)
             assert marks(tmp_path) == 0
             assert not await problems(store)
             # The connection that writes has no old page in its memory, which it would write back.
@@ -67,6 +69,56 @@ def test_rows_that_were_moved_and_deleted_are_gone(
     asyncio.run(scrub())
 
 
+def test_commits_wait_only_where_something_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file without remnants is read beside commits: each step that keeps them waiting also
+    waits for the disk."""
+    zeroed: list[int] = []
+
+    async def zero(writer: Writer, file: int, pages: Sequence[int]) -> bool:
+        zeroed.append(len(pages))
+        done: bool = await zero_gaps(writer, file, pages)
+        return done
+
+    zero_gaps = Writer.zero_gaps
+    monkeypatch.setattr(Writer, "zero_gaps", zero)
+    monkeypatch.setattr("redbtc.store.wal.SCRUB_PAGES", 7)
+
+    async def scrub() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            await fill(store, random.Random(1))
+            assert await store.scrub(5, 0)
+            assert zeroed[0] == 0
+            assert max(zeroed) >= 7
+            zeroed.clear()
+            assert await store.scrub(5, 0)
+            assert zeroed == [0], "the WAL is emptied once"
+
+    asyncio.run(scrub())
+
+
+@pytest.mark.parametrize("header", [{20: 8}, {55: 1}, {16: 0, 17: 0}])
+def test_pages_of_other_kinds_are_left_alone(tmp_path: Path, header: dict[int, int]) -> None:
+    """Bytes that an extension reserves, an auto-vacuum's pages, and what is no database."""
+    path = tmp_path / "x.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE a (b)")
+        database.commit()
+    content = bytearray(path.read_bytes())
+    content[3000] = 1
+    with path.open("r+b") as file:
+        file.write(content)
+        file.flush()
+        assert pages_with_remnants(file.fileno(), 1, 9) == [1]
+        for at, value in header.items():
+            content[at] = value
+        file.seek(0)
+        file.write(content)
+        file.flush()
+        assert pages_with_remnants(file.fileno(), 1, 9) is None
+
+
 def test_another_programs_reader_is_waited_for(tmp_path: Path) -> None:
     async def scrub() -> None:
         async with Store.open(tmp_path / "redbtc.db", "normal") as store:
@@ -75,8 +127,8 @@ def test_another_programs_reader_is_waited_for(tmp_path: Path) -> None:
                 other.execute("BEGIN")
                 other.execute("SELECT count(*) FROM accounts").fetchall()
                 await store.transact(("UPDATE accounts SET name = 'x'", ()), by="test")
-                assert not await store.scrub(0.1)
-                scrubbing = asyncio.create_task(store.scrub(60))
+                assert not await store.scrub(0.1, 0)
+                scrubbing = asyncio.create_task(store.scrub(60, 0))
                 await asyncio.sleep(0)
                 assert not scrubbing.done()
             assert await scrubbing

@@ -451,6 +451,18 @@ def test_a_range_within_an_erased_day_counts_the_whole_day(make_gateway: MakeGat
     assert counted(0.5, 19.5, failed="true") == 0
 
 
+def test_what_a_leaked_key_did_says_that_rows_were_erased(make_gateway: MakeGateway) -> None:
+    gateway = filled(make_gateway(OLD), [request_of(-20), request_of(-1)])
+    gateway.cli("db", "purge")
+    report = gateway.run("key", "compromised", "a", "--since", "30d").stdout
+    erased_before = iso_time(today() - KEPT_DAYS * DAY)
+    assert f"Requests before {erased_before} were erased" in report
+    for since, erased, requests in (("30d", erased_before, 2), ("5d", None, 1)):
+        found = gateway.cli("key", "compromised", "a", "--since", since)["activity"]
+        assert (found["erased_before"], found["totals"]["requests"]) == (erased, requests)
+        assert found["outcomes"] == {"completed": 1}
+
+
 def test_a_late_correction_of_an_erased_request_counts_nothing(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
