@@ -94,8 +94,14 @@ def test_what_is_erased_is_in_no_file(
             await fill(tested)
             assert is_in_files(tmp_path, DOOMED)
             assert is_in_files(tmp_path, TEXT)
-            reader = Reader(tmp_path / "request_log.db") if with_reader else None
+            file = tmp_path / "request_log.db"
+            reader = Reader(file) if with_reader else None
+            names = (file, f"{file}-wal") if with_reader else ()
+            held = [os.open(name, os.O_RDONLY) for name in names]
             assert await erase(tested) == 2  # type: ignore[misc]
+            for descriptor in held:
+                assert os.fstat(descriptor).st_size == 0, "what the reader has open is empty"
+                os.close(descriptor)
             await assert_erased(tmp_path, tested)
             await tested.add("req_9", b"after")
             if reader:

@@ -18,19 +18,13 @@ Work = Generator[float, None, T]
 
 
 class Job(Generic[T]):
-    """A piece of work for the thread. The event loop awaits `done`."""
+    """A piece of work for the thread. The event loop awaits `done`. All parts that were queued
+    before it are written first."""
 
-    def __init__(
-        self,
-        work: Callable[[LogFile], Work[T]],
-        without_file: T,
-        erases: tuple[str, str | None] | None = None,
-    ) -> None:
-        """`without_file` is the result if there is no file. `erases` is an account, and a key if
-        only that one's bodies are erased: those of them that are not written yet are dropped."""
+    def __init__(self, work: Callable[[LogFile], Work[T]], without_file: T) -> None:
+        """`without_file` is the result if there is no file."""
         self._loop = asyncio.get_running_loop()
         self.done: asyncio.Future[T] = self._loop.create_future()
-        self.erases = erases
         self._work = work
         self._without_file = without_file
         self._file: LogFile | None = None

@@ -140,7 +140,7 @@ class RequestLog:
         for recording in self._of(account_id, key_id):
             recording.stop()
         work = functools.partial(erase_all_of, account_id=account_id, key_id=key_id)
-        return await self._do(work, Purged(0, 0), erases=(account_id, key_id))
+        return await self._do(work, Purged(0, 0))
 
     async def shorten(
         self, account_id: str, key_id: str | None, days: int, except_keys: Collection[str] = ()
@@ -172,16 +172,11 @@ class RequestLog:
             if each.account_id == account_id and key_id in (None, each.key_id)
         ]
 
-    async def _do(
-        self,
-        work: Callable[[LogFile], Work[T]],
-        without_file: T,
-        erases: tuple[str, str | None] | None = None,
-    ) -> T:
+    async def _do(self, work: Callable[[LogFile], Work[T]], without_file: T) -> T:
         if self._queue.is_closed:
             raise StorageUnavailable("the request log is closed")
         self._start()
-        job = Job(work, without_file, erases)
+        job = Job(work, without_file)
         self._queue.add(job)
         self._queue.urgent.set()
         return await job.done

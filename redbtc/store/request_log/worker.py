@@ -96,7 +96,7 @@ class Worker:
             entry = entries.popleft()
             if isinstance(entry, Job):
                 has_job = True
-                self._begin(entry)
+                self._jobs.append(entry)
                 continue
             state = self._states.get(entry.recording)
             if isinstance(entry, Part):
@@ -115,16 +115,6 @@ class Worker:
         before = state.withheld
         state.add(part, self._secrets)
         self.withheld += bool(state.withheld) > bool(before)
-
-    def _begin(self, job: Job[Any]) -> None:
-        """Put a job in the queue of jobs, and drop what it erases and is not written yet."""
-        self._jobs.append(job)
-        if job.erases:
-            account_id, key_id = job.erases
-            for state in list(self._states.values()):
-                recording = state.recording
-                if recording.account_id == account_id and key_id in (None, recording.key_id):
-                    self._forget(state)
 
     def _forget(self, state: RequestState) -> None:
         state.recording.is_failed = True
