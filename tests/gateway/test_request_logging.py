@@ -153,7 +153,7 @@ def test_forms_audio_and_compressed_bodies_are_stored_as_they_are(
         packed = backports.zstd.compress(json.dumps(ASKED).encode())
         headers = {**JSON, "content-encoding": "zstd"}
         answer = http.post("/responses", content=packed, headers=headers)
-    assert stored(gateway, request_id(answer)) == (packed, answer.content)
+        assert stored(gateway, request_id(answer)) == (packed, answer.content)
         answer_body = gzip.compress(json.dumps({"id": "resp_2"}).encode())
         upstream.script = json_answer(answer_body, headers={"content-encoding": "gzip"})
         plain = http.post("/responses", json=ASKED)
