@@ -100,6 +100,9 @@ def test_only_the_owner_of_an_account_that_has_one_switches_logging_on(rooms: Ro
     assert (shown["log_days"], shown["keys"], shown["set_by"]) == (None, [], "op@example.com")
     told = rooms.ask("owner", "GET", f"/accounts/{rooms.account}/request-log").json()
     assert told["set_by"] == "an operator"
+    assert rooms.log("owner", days=5, key=key["id"]) == 200
+    for days, status in ((6, 403), (4, 200)):
+        assert rooms.log("operator", days=days, key=key["id"]) == status, days
 
 
 def test_an_operator_decides_for_an_account_without_an_owner(

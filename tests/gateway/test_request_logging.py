@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import threading
 from pathlib import Path
@@ -152,7 +153,13 @@ def test_forms_audio_and_compressed_bodies_are_stored_as_they_are(
         packed = backports.zstd.compress(json.dumps(ASKED).encode())
         headers = {**JSON, "content-encoding": "zstd"}
         answer = http.post("/responses", content=packed, headers=headers)
-    assert stored(gateway, request_id(answer)) == (packed, answer.content)
+        assert stored(gateway, request_id(answer)) == (packed, answer.content)
+        answer_body = gzip.compress(json.dumps({"id": "resp_2"}).encode())
+        upstream.script = json_answer(answer_body, headers={"content-encoding": "gzip"})
+        plain = http.post("/responses", json=ASKED)
+    assert stored(gateway, request_id(plain)) == (upstream.requests[-1].body, answer_body)
+    bodies = gateway.api("GET", f"/requests/{request_id(plain)}")["bodies"]
+    assert (bodies["request"]["encoding"], bodies["response"]["encoding"]) == ("", "gzip")
     bodies = gateway.api("GET", f"/requests/{request_id(answer)}")["bodies"]
     assert (bodies["request"]["encoding"], bodies["response"]["encoding"]) == ("zstd", "")
     assert bodies["request"]["bytes"] == bodies["request"]["stored_bytes"] == len(packed)

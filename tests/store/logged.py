@@ -90,10 +90,17 @@ async def open_log(folder: Path, settings: Settings | None = None) -> AsyncItera
 
 
 READER = """
-import sqlite3, sys
-database = sqlite3.connect(sys.argv[1], isolation_level=None)
-database.execute("BEGIN")
-print(database.execute("SELECT count(*) FROM parts").fetchone()[0], flush=True)
+import sqlite3, sys, time
+while True:
+    database = sqlite3.connect(sys.argv[1], isolation_level=None)
+    try:
+        database.execute("BEGIN")
+        database.execute("SELECT count(*) FROM parts").fetchone()
+        break
+    except sqlite3.DatabaseError:  # the file is being replaced
+        database.close()
+        time.sleep(0.005)
+print("reading", flush=True)
 sys.stdin.readline()
 try:
     print(sum(len(content) for (content,) in database.execute("SELECT content FROM parts")))
@@ -113,7 +120,7 @@ class Reader:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self._process.stdout
-        self.parts = int(self._process.stdout.readline())
+        assert self._process.stdout.readline() == "reading\n"
 
     def __enter__(self) -> Reader:
         return self

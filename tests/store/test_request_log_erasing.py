@@ -17,6 +17,7 @@ import pytest
 
 from redbtc.store.request_log import erasing
 from redbtc.store.request_log.frames import FRAME_BYTES
+from redbtc.store.request_log.replacing import use_copy
 from redbtc.times import DAY
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT
 from tests.store.logged import (
@@ -133,6 +134,31 @@ def test_a_reader_that_ends_soon_keeps_the_file(tmp_path: Path) -> None:
             await assert_erased(tmp_path, tested)
 
     asyncio.run(run())
+
+
+def test_a_reader_that_begins_at_once_does_not_lock_the_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasing, "READER_SECONDS", 0.1)
+    with contextlib.ExitStack() as stack:
+
+        def use_and_read(path: Path) -> None:
+            use_copy(path)
+            stack.enter_context(Reader(path))
+
+        monkeypatch.setattr("redbtc.store.request_log.file.use_copy", use_and_read)
+
+        async def run() -> None:
+            async with open_log(tmp_path) as tested:
+                await fill(tested)
+                with Reader(tmp_path / "request_log.db"):
+                    assert await by_erasing(tested) == 2
+                await assert_erased(tmp_path, tested)
+                await tested.add("req_9", b"after")
+                assert await tested.bodies("req_9") == (b"after", None)
+                assert tested.lines.events == []
+
+        asyncio.run(run())
 
 
 def test_bodies_are_written_while_others_are_erased(

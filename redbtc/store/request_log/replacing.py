@@ -14,8 +14,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from redbtc.store.backup import suffixed, sync_folder
+from redbtc.store.backup import VERSIONS_AT, suffixed, sync_folder
 from redbtc.store.rescue import sync_file
+
+WAL_VERSIONS = b"\2\2"  # for reading and writing (SQLite's file format, 1.3)
 
 
 def make_empty(path: Path) -> None:
@@ -49,6 +51,10 @@ def use_copy(path: Path) -> None:
     """Put the copy, which is whole, in the place of the database. This process must have no
     connection to either: closing a file would end SQLite's locks. Raises OSError."""
     copy = suffixed(path, ".copying")
+    # SQLite can't change to WAL later, if another program begins to read at once.
+    with copy.open("r+b") as file:
+        file.seek(VERSIONS_AT)
+        file.write(WAL_VERSIONS)
     sync_file(copy)
     os.replace(copy, suffixed(path, ".ready"))
     sync_folder(path.parent)
