@@ -33,9 +33,9 @@ ACCOUNTS = 100
 SHARES = {"median": 0.5, "99 %": 0.99, "99.9 %": 0.999}
 
 
-def rows_of(gateway: Gateway) -> int:
+def erased_from(gateway: Gateway) -> int:
     with contextlib.closing(sqlite3.connect(gateway.database)) as database:
-        (rows,) = database.execute("SELECT count(*) FROM requests").fetchone()
+        (rows,) = database.execute("SELECT sum(requests) FROM rolled_up").fetchone()
         return int(rows)
 
 
@@ -76,7 +76,7 @@ async def main(rows: int, seconds: float) -> None:
         erasing.signal(signal.SIGCONT)
         alone, beside = latencies_at(found["alone"]), latencies_at(found["erasing"])
         took = time.monotonic() - began
-        print(f"{rows - rows_of(erasing)} rows erased in {took / 2:.0f} s of load, {turns} turns")
+        print(f"{erased_from(erasing)} rows erased in {took / 2:.0f} s of load, {turns} turns")
         for name in SHARES:
             ratio = beside[name] / alone[name]
             print(
