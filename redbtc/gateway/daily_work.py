@@ -1,6 +1,6 @@
 """The work that the gateway does by itself once a day (UTC): it erases what is older than
-[retention] allows. Expired bodies of requests, and terminated accounts whose time has come, are
-erased within a minute.
+[retention] allows. Expired bodies of requests are erased within a minute, and terminated accounts
+whose time has come as soon as nothing else is being erased.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from msgspec.structs import asdict
 
@@ -52,23 +52,40 @@ class DailyWork:
         self._said: dict[str, object] = {}  # in the log, by event, so that it is said once
 
     async def do_for_ever(self) -> None:
-        """Do what is due, now and whenever it is; at once when the settings have changed."""
+        """Do what is due, now and whenever it is; at once when the settings have changed. Bodies
+        don't wait for the rest, which can take long."""
         await asyncio.sleep(FIRST_SECONDS)
+        async with asyncio.TaskGroup() as loops:
+            loops.create_task(self._erase_bodies_for_ever())
+            loops.create_task(self._erase_rows_for_ever())
+
+    async def _erase_bodies_for_ever(self) -> None:
+        while True:
+            with self._said_if_failed("expired bodies not erased"):
+                await self._retention.erase_expired_bodies(self._erased)
+            await asyncio.sleep(TURN_SECONDS)
+
+    async def _erase_rows_for_ever(self) -> None:
         while True:
             self._gateway.settings_applied.clear()
-            try:
+            with self._said_if_failed("daily work failed"):
                 if self._store.healthy:
                     await self._do_what_is_due()
-                    self._say_once("daily work failed", None)
-            except Exception as error:  # whatever it is, it must not end the gateway
-                shown = {**shown_error(error), "reason": "it is tried again every minute"}
-                self._say_once("daily work failed", type(error), **shown)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TURN_SECONDS):
                     await self._gateway.settings_applied.wait()
 
+    @contextlib.contextmanager
+    def _said_if_failed(self, event: str) -> Iterator[None]:
+        """Log an error of the block, whatever it is, once: it must not end the gateway."""
+        try:
+            yield
+            self._say_once(event, None)
+        except Exception as error:
+            shown = {**shown_error(error), "reason": "it is tried again every minute"}
+            self._say_once(event, type(error), **shown)
+
     async def _do_what_is_due(self) -> None:
-        await self._retention.erase_expired_bodies(self._erased)
         settings = self._gateway.settings.retention
         due = (self._store.time() // DAY, settings)
         if due != self._done or time.monotonic() - self._looked_at > CLOCK_LOOK_SECONDS:
