@@ -7,6 +7,7 @@ from msgspec import Struct
 from redbtc.admin.access import Access
 from redbtc.admin.actors import Actor
 from redbtc.admin.inputs import Input
+from redbtc.errors import StorageUnavailable
 from redbtc.store.erasure import due_accounts, erase_due
 from redbtc.store.retention import Erased
 from redbtc.times import iso_time
@@ -60,7 +61,10 @@ class RetentionOperations(Access):
                 erased.accounts = len(await due_accounts(self.billing.store))
             return Purge(False, erased, still_to_do)
         erased = Erased()
-        await retention.erase_expired_bodies(erased)
+        try:
+            await retention.erase_expired_bodies(erased)
+        except StorageUnavailable as error:
+            still_to_do.append(f"Expired bodies of requests are not erased: {error}.")
         if not trusted_at:
             await retention.erase_old(settings, erased, PURGE_PAUSE_FACTOR)
             store, end_account = self.billing.store, self.gateway.end_account

@@ -398,6 +398,17 @@ def test_a_purge_changes_no_statement_and_leaves_no_byte(make_gateway: MakeGatew
     assert first["changed_by"] not in ("", "gateway")
 
 
+def test_a_damaged_request_log_holds_up_nothing_else(make_gateway: MakeGateway) -> None:
+    gateway = filled(make_gateway(OLD), [request_of(-20), request_of(-1)])
+    (gateway.folder / "request_log.db").write_bytes(b"not a database" * 1000)
+    purged = gateway.run("db", "purge", "--json")
+    assert purged.returncode == 1
+    found = json.loads(purged.stdout)
+    assert found["erased"]["requests"] == 1
+    (line,) = found["still_to_do"]
+    assert line.startswith("Expired bodies of requests are not erased: the request log is")
+
+
 def test_nothing_is_erased_unless_that_is_set(make_gateway: MakeGateway) -> None:
     gateway = filled(make_gateway(), HISTORY[:20])
     with opened(gateway) as database:
