@@ -242,7 +242,8 @@ def compromised_text(found: dict[str, Any]) -> str:
     }
     parts.append(details(facts))
     if erased := activity["erased_before"]:
-        parts.append(f"Requests before {erased} were erased: they are only in the sums.")
+        what = f"Requests that started before {erased} were erased"
+        parts.append(f"{what}: they are only in the sums.")
     used = [kind for kind in KINDS if activity["totals"][kind]]
     if models := activity["models"]:
         parts.append(table(models, ["model", "requests", *used, "cost"]))

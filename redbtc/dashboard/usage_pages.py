@@ -57,7 +57,7 @@ async def usage_page(page: PageRequest) -> PageVariables:
     if before := page.query.get("before"):
         part["before"] = before
     try:
-        totals = (await page.do(API.usage, query)).totals
+        summed = await page.do(API.usage, query)
         found = await page.do(API.requests, {**query, **part})
     except NotFound:
         raise
@@ -68,7 +68,8 @@ async def usage_page(page: PageRequest) -> PageVariables:
     used = {row.key_id for row in rows}
     return {
         **base,
-        "totals": totals,
+        "totals": summed.totals,
+        "erased_before": summed.erased_before,
         "labels": {key.id: key.label or key.id for key in known if key.id in used},
         "requests": rows[:PAGE_ROWS],
         "logged": found.logged or (),

@@ -26,6 +26,7 @@ from redbtc.store.retention import ALLOW, BEGIN_USAGE, ERASE, FORBID, OLD_USAGE
 from redbtc.store.schema import migrations, schema
 from redbtc.times import DAY, iso_time, month_of
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
+from tests.helpers.logins import new_user
 from tests.helpers.upstream import Upstream, json_answer, response_object
 
 pytestmark = [pytest.mark.promise_6, pytest.mark.promise_8]
@@ -467,7 +468,13 @@ def test_what_a_leaked_key_did_says_that_rows_were_erased(make_gateway: MakeGate
     gateway.cli("db", "purge")
     report = gateway.run("key", "compromised", "a", "--since", "30d").stdout
     erased_before = iso_time(today() - KEPT_DAYS * DAY)
-    assert f"Requests before {erased_before} were erased" in report
+    assert f"Requests that started before {erased_before} were erased" in report
+    gateway.start()
+    operator = new_user(gateway, "op@example.com")
+    with operator.client:
+        account = gateway.api("GET", "/accounts")["accounts"][0]["id"]
+        page = operator.get(f"/dashboard/accounts/{account}/usage").text
+    assert "were erased: they are only in the sums." in page
     for since, erased, requests in (("30d", erased_before, 2), ("5d", None, 1)):
         found = gateway.cli("key", "compromised", "a", "--since", since)["activity"]
         assert (found["erased_before"], found["totals"]["requests"]) == (erased, requests)
