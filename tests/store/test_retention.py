@@ -471,7 +471,7 @@ def test_what_a_leaked_key_did_says_that_rows_were_erased(make_gateway: MakeGate
     assert f"Requests that started before {erased_before} were erased" in report
     gateway.start()
     operator = new_user(gateway, "op@example.com")
-    with operator.client:
+    with contextlib.closing(operator.client):
         account = gateway.api("GET", "/accounts")["accounts"][0]["id"]
         page = operator.get(f"/dashboard/accounts/{account}/usage").text
     assert "were erased: they are only in the sums." in page
