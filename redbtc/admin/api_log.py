@@ -23,7 +23,7 @@ from redbtc.admin.outputs_log import (
     StoredBodies,
     StoredBody,
 )
-from redbtc.admin.users import name_in_log
+from redbtc.admin.users import is_members_name
 from redbtc.billing.reports import one_request
 from redbtc.errors import Conflict, NotFound, StorageUnavailable
 from redbtc.store.accounts import Account, KeyShown, no_key
@@ -49,8 +49,8 @@ class RequestLogOperations(Access):
     async def _log_of(self, actor: Actor, account: Account) -> RequestLogShown:
         def who(name: str) -> str:
             """Members are not told the names of operators."""
-            named = actor.rank == "operator" or name == name_in_log(name.split()[0], account.name)
-            return name if named else "an operator"
+            is_shown = actor.rank == "operator" or is_members_name(name, account.name)
+            return name if is_shown else "an operator"
 
         changed = {
             each: Changed(at, who(by))

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from redbtc.admin.access import Access
 from redbtc.admin.outputs import AccountWithMoney, UsageReport
-from redbtc.admin.users import UserShown
+from redbtc.admin.users import UserShown, is_members_name
 from redbtc.admin.zip_stream import ExportedFile
 from redbtc.billing.csv import csv_line, csv_lines, statement_lines
 from redbtc.billing.overviews import months
@@ -46,7 +46,10 @@ FIRST_REQUEST_SINCE = """
 ACCEPTANCES_OF_ACCOUNT = """
     SELECT document, version, user_id, accepted_at FROM acceptances
      WHERE account_id = ? AND accepted_at < ? ORDER BY accepted_at, document"""
-INCOMPLETE = b"Parts of these bodies were not stored: they were too long, or came too fast.\n"
+INCOMPLETE = (
+    b"Parts of these bodies were not stored: they were too long, came too fast, or had an API key "
+    b"or a credential in them.\n"
+)
 
 
 class ExportedAcceptance(Struct):
@@ -190,7 +193,7 @@ class AccountExport:
 def for_owner(change: Change, account: str) -> Change:
     """Return a change as the account's owner may see it: without the names of operators, and
     without the reason of a suspension."""
-    is_own = change.changed_by.endswith(f" of {account}")
+    is_own = is_members_name(change.changed_by, account)
     before, after = (without_reason(each) for each in (change.before, change.after))
     by = change.changed_by if is_own else "operator"
     return replace(change, changed_by=by, before=before, after=after)

@@ -20,12 +20,13 @@ class LoggedKey(Struct):
 
 
 class BodyReading(Struct):
-    """Who has read a stored body, `request` or `response`, of which request."""
+    """Who has read a stored body, `request` or `response`, of which request. Both are null for an
+    export of all that is stored."""
 
     at: Moment
     by: str
-    request_id: str
-    body: str
+    request_id: str | None
+    body: str | None
 
 
 class RequestLogShown(Struct, kw_only=True):

@@ -173,6 +173,11 @@ def name_in_log(email: str, account: str | None) -> str:
     return f"{email} of {account}" if account else email
 
 
+def is_members_name(name: str, account: str) -> bool:
+    """Return whether a name in the log of changes is that of a member of this account."""
+    return name.endswith(f" of {account}")
+
+
 class LoginSession(NamedTuple):
     """A session of a logged-in user. An operator's `account_id` and `account` are None."""
 

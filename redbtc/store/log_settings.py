@@ -22,8 +22,11 @@ ADD_CHANGE = """
     INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting),
                                 'request_log', ?, ?, NULL, json_object(?, ?))"""
 READINGS = """
-    SELECT changed_at, changed_by, object_id, json_extract(after, '$.read') AS body FROM changes
-     WHERE account_id = ? AND kind = 'request_log' AND body IS NOT NULL
+    SELECT changed_at, changed_by, json_extract(after, '$.read') AS body,
+           iif(json_extract(after, '$.read') IS NULL, NULL, object_id) AS request_id
+      FROM changes
+     WHERE account_id = ? AND kind = 'request_log'
+       AND coalesce(body, json_extract(after, '$.exported_as_of')) IS NOT NULL
      ORDER BY id DESC LIMIT ?"""
 HAS_OWNER = "SELECT 1 FROM users WHERE account_id = ? AND role = 'owner' LIMIT 1"
 
@@ -36,12 +39,12 @@ class Changed(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One reading of a stored body."""
+    """One reading of a stored body, or, without `request_id` and `body`, an export of all."""
 
     at: str
     by: str
-    request_id: str
-    body: str
+    request_id: str | None
+    body: str | None
 
 
 class LogSettings:
@@ -91,6 +94,6 @@ class LogSettings:
     async def readings(self, account_id: str, limit: int) -> list[Reading]:
         """Return the last readings of the account's bodies, newest first."""
         return [
-            Reading(json_time(row["changed_at"]), row["changed_by"], row["object_id"], row["body"])
+            Reading(json_time(row["changed_at"]), row["changed_by"], row["request_id"], row["body"])
             async for row in self._store.rows(READINGS, (account_id, limit))
         ]

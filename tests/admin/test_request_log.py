@@ -195,6 +195,30 @@ def test_who_reads_a_body_and_that_it_is_on_record(rooms: Rooms) -> None:
     ]
 
 
+def test_an_export_of_bodies_is_among_the_readings_that_the_owner_sees(rooms: Rooms) -> None:
+    gateway = rooms.gateway
+    assert rooms.log("owner", days=7) == 200
+    rooms.logged_request()
+    gateway.cli("account", "export", "a", "--to", str(gateway.folder / "a.zip"))
+    path = f"/accounts/{rooms.account}/request-log"
+    newest = rooms.ask("owner", "GET", path).json()["readings"][0]
+    assert (newest["by"], newest["request_id"], newest["body"]) == ("an operator", None, None)
+    page = rooms.who["owner"].get(f"/dashboard/accounts/{rooms.account}/settings").text
+    assert "all, exported" in page
+    assert gateway.run("account", "log", "a").returncode == 0
+
+
+def test_readings_by_a_nameless_user_are_shown(rooms: Rooms) -> None:
+    assert rooms.log("owner", days=7) == 200
+    request_id = rooms.logged_request()
+    transport = httpx2.HTTPTransport(uds=f"{rooms.gateway.database}.sock")
+    with httpx2.Client(transport=transport, base_url="http://gateway") as client:
+        path = f"/admin/v1/requests/{request_id}/bodies/request"
+        assert client.get(path, headers={"redbtc-user": ""}).status_code == 200
+    found = rooms.ask("owner", "GET", f"/accounts/{rooms.account}/request-log")
+    assert found.json()["readings"][0]["by"] == "an operator"
+
+
 def test_a_command_reads_a_body_exactly_and_the_owner_is_told(rooms: Rooms) -> None:
     gateway = rooms.gateway
     assert rooms.log("owner", days=7) == 200
