@@ -585,7 +585,7 @@ def test_waiting_for_a_turn_is_not_the_clients_slowness() -> None:
 
     async def run() -> None:
         clocks, limits, settings = Deadlines(), Limiter(), parse_settings({"server": SLOW})
-        key = Key._make(["key", "account", "active", *[None] * 11, "key"])
+        key = Key._make(["key", "account", "active", *[None] * 11, "key", None])
         parts = iter([b"--b\r\n" + bytes(100)] + [bytes(100)] * 20 + [b"\r\n--b--"])
 
         async def receive() -> Message:
