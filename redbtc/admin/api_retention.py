@@ -7,6 +7,7 @@ from msgspec import Struct
 from redbtc.admin.access import Access
 from redbtc.admin.actors import Actor
 from redbtc.admin.inputs import Input
+from redbtc.errors import StorageUnavailable
 from redbtc.store.retention import Erased
 from redbtc.times import iso_time
 
@@ -54,7 +55,10 @@ class RetentionOperations(Access):
             erased = Erased() if trusted_at else await retention.preview(settings)
             return Purge(False, erased, still_to_do)
         erased = Erased()
-        await retention.erase_expired_bodies(erased)
+        try:
+            erased.add_bodies(await retention.erase_expired_bodies())
+        except StorageUnavailable as error:  # the ledger's rows don't wait for that
+            still_to_do.append(f"Expired bodies of requests were not erased: {error}.")
         if not trusted_at:
             await retention.erase_old(settings, erased, PURGE_PAUSE_FACTOR)
         await retention.record(erased, actor.name)

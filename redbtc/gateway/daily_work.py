@@ -1,6 +1,7 @@
 """The work that the gateway does by itself once a day (UTC): it erases what is older than
-[retention] allows. Expired bodies of requests, and terminated accounts whose time has come, are
-erased within a minute.
+[retention] allows. Terminated accounts whose time has come are erased within a minute, and so are
+expired bodies of requests, by a task of their own: they don't wait for the ledger's rows, which can
+take hours, nor the rows for a request log that can't be used.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class DailyWork:
         self._erase_accounts = erase_accounts
         self._accounts_at = -math.inf  # when to look for accounts again, by the monotonic clock
         self._erased = Erased()  # since the last record of it
+        self._recording = asyncio.Lock()  # nothing is added between a record and its end
         self._looked_at = -math.inf
         self._trusted_at = 0
         self._done: object = None  # the day and the settings of the last run
@@ -53,37 +55,53 @@ class DailyWork:
 
     async def do_for_ever(self) -> None:
         """Do what is due, now and whenever it is; at once when the settings have changed."""
+        await self._repeat(self._do_what_is_due, "daily work failed")
+
+    async def erase_bodies_for_ever(self) -> None:
+        """Erase expired bodies, every minute and at once when the settings have changed."""
+        await self._repeat(self._erase_bodies, "expired bodies not erased")
+
+    async def _repeat(self, work: Callable[[], Awaitable[None]], failed: str) -> None:
         await asyncio.sleep(FIRST_SECONDS)
         while True:
-            self._gateway.settings_applied.clear()
+            settings_applied = self._gateway.settings_applied
             try:
                 if self._store.healthy:
-                    await self._do_what_is_due()
-                    self._say_once("daily work failed", None)
+                    await work()
+                    self._say_once(failed, None)
             except Exception as error:  # whatever it is, it must not end the gateway
                 shown = {**shown_error(error), "reason": "it is tried again every minute"}
-                self._say_once("daily work failed", type(error), **shown)
+                self._say_once(failed, type(error), **shown)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TURN_SECONDS):
-                    await self._gateway.settings_applied.wait()
+                    await settings_applied.wait()
+
+    async def _erase_bodies(self) -> None:
+        purged = await self._retention.erase_expired_bodies()
+        async with self._recording:
+            self._erased.add_bodies(purged)
 
     async def _do_what_is_due(self) -> None:
-        await self._retention.erase_expired_bodies(self._erased)
         settings = self._gateway.settings.retention
         due = (self._store.time() // DAY, settings)
         if due != self._done or time.monotonic() - self._looked_at > CLOCK_LOOK_SECONDS:
             await self._look_at_clock()
         if due != self._done and not self._trusted_at:
             await self._retention.erase_old(settings, self._erased, PAUSE_FACTOR)
-            if self._erased:
-                await self._retention.record(self._erased, GATEWAY_NAME)
-                log(logging.INFO, "old data erased", **asdict(self._erased))
-            self._erased, self._done = Erased(), due
+            await self._record()
+            self._done = due
         if time.monotonic() >= self._accounts_at and not self._trusted_at:
             await self._erase_due_accounts()
         is_scrubbed = await self._retention.scrub(0)
         reason = "another program reads the database; erased data stays in its files until then"
         self._say_once("erased data not scrubbed", None if is_scrubbed else True, reason=reason)
+
+    async def _record(self) -> None:
+        async with self._recording:
+            if self._erased:
+                await self._retention.record(self._erased, GATEWAY_NAME)
+                log(logging.INFO, "old data erased", **asdict(self._erased))
+            self._erased = Erased()
 
     async def _erase_due_accounts(self) -> None:
         self._accounts_at = -math.inf
