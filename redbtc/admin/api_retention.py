@@ -62,9 +62,9 @@ class RetentionOperations(Access):
             return Purge(False, erased, still_to_do)
         erased = Erased()
         try:
-            await retention.erase_expired_bodies(erased)
-        except StorageUnavailable as error:
-            still_to_do.append(f"Expired bodies of requests are not erased: {error}.")
+            erased.add_bodies(await retention.erase_expired_bodies())
+        except StorageUnavailable as error:  # the ledger's rows don't wait for that
+            still_to_do.append(f"Expired bodies of requests were not erased: {error}.")
         if not trusted_at:
             await retention.erase_old(settings, erased, PURGE_PAUSE_FACTOR)
             store, end_account = self.billing.store, self.gateway.end_account

@@ -1,6 +1,7 @@
 """The work that the gateway does by itself once a day (UTC): it erases what is older than
-[retention] allows. Expired bodies of requests are erased within a minute, and terminated accounts
-whose time has come as soon as nothing else is being erased.
+[retention] allows, and terminated accounts whose time has come. Expired bodies of requests are
+erased within a minute, by a task of their own: they don't wait for the ledger's rows, which can
+take hours, nor the rows for a request log that can't be used.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 from msgspec.structs import asdict
 
@@ -46,44 +47,39 @@ class DailyWork:
         self._erase_accounts = erase_accounts
         self._accounts_at = -math.inf  # when to look for accounts again, by the monotonic clock
         self._erased = Erased()  # since the last record of it
+        self._recording = asyncio.Lock()  # nothing is added between a record and its end
         self._looked_at = -math.inf
         self._trusted_at = 0
         self._done: object = None  # the day and the settings of the last run
         self._said: dict[str, object] = {}  # in the log, by event, so that it is said once
 
     async def do_for_ever(self) -> None:
-        """Do what is due, now and whenever it is; at once when the settings have changed. Bodies
-        don't wait for the rest, which can take long."""
+        """Do what is due, now and whenever it is; at once when the settings have changed."""
+        await self._repeat(self._do_what_is_due, "daily work failed")
+
+    async def erase_bodies_for_ever(self) -> None:
+        """Erase expired bodies, every minute and at once when the settings have changed."""
+        await self._repeat(self._erase_bodies, "expired bodies not erased")
+
+    async def _repeat(self, work: Callable[[], Awaitable[None]], failed: str) -> None:
         await asyncio.sleep(FIRST_SECONDS)
-        async with asyncio.TaskGroup() as loops:
-            loops.create_task(self._erase_bodies_for_ever())
-            loops.create_task(self._erase_rows_for_ever())
-
-    async def _erase_bodies_for_ever(self) -> None:
         while True:
-            with self._said_if_failed("expired bodies not erased"):
-                await self._retention.erase_expired_bodies(self._erased)
-            await asyncio.sleep(TURN_SECONDS)
-
-    async def _erase_rows_for_ever(self) -> None:
-        while True:
-            self._gateway.settings_applied.clear()
-            with self._said_if_failed("daily work failed"):
+            settings_applied = self._gateway.settings_applied
+            try:
                 if self._store.healthy:
-                    await self._do_what_is_due()
+                    await work()
+                    self._say_once(failed, None)
+            except Exception as error:  # whatever it is, it must not end the gateway
+                shown = {**shown_error(error), "reason": "it is tried again every minute"}
+                self._say_once(failed, type(error), **shown)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TURN_SECONDS):
-                    await self._gateway.settings_applied.wait()
+                    await settings_applied.wait()
 
-    @contextlib.contextmanager
-    def _said_if_failed(self, event: str) -> Iterator[None]:
-        """Log an error of the block, whatever it is, once: it must not end the gateway."""
-        try:
-            yield
-            self._say_once(event, None)
-        except Exception as error:
-            shown = {**shown_error(error), "reason": "it is tried again every minute"}
-            self._say_once(event, type(error), **shown)
+    async def _erase_bodies(self) -> None:
+        purged = await self._retention.erase_expired_bodies()
+        async with self._recording:
+            self._erased.add_bodies(purged)
 
     async def _do_what_is_due(self) -> None:
         settings = self._gateway.settings.retention
@@ -92,15 +88,20 @@ class DailyWork:
             await self._look_at_clock()
         if due != self._done and not self._trusted_at:
             await self._retention.erase_old(settings, self._erased, PAUSE_FACTOR)
-            if self._erased:
-                await self._retention.record(self._erased, GATEWAY_NAME)
-                log(logging.INFO, "old data erased", **asdict(self._erased))
-            self._erased, self._done = Erased(), due
+            await self._record()
+            self._done = due
         if time.monotonic() >= self._accounts_at and not self._trusted_at:
             await self._erase_due_accounts()
         is_scrubbed = await self._retention.scrub(0, PAUSE_FACTOR)
         reason = "another program reads the database; erased data stays in its files until then"
         self._say_once("erased data not scrubbed", None if is_scrubbed else True, reason=reason)
+
+    async def _record(self) -> None:
+        async with self._recording:
+            if self._erased:
+                await self._retention.record(self._erased, GATEWAY_NAME)
+                log(logging.INFO, "old data erased", **asdict(self._erased))
+            self._erased = Erased()
 
     async def _erase_due_accounts(self) -> None:
         self._accounts_at = -math.inf

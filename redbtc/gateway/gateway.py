@@ -79,7 +79,7 @@ class Gateway:
             "redbtc_queued", "Requests waiting for a free place", lambda: self.limiter.queued
         )
         self.draining = self.stopping = False
-        self.settings_applied = asyncio.Event()  # set by `apply`
+        self.settings_applied = asyncio.Event()  # set by the next `apply`
 
     async def resume(self) -> None:
         """Take up what an earlier process has left. Raises StorageUnavailable, sqlite3.Error."""
@@ -104,6 +104,7 @@ class Gateway:
         self.catalog.apply(settings.codex, models)
         self.journal.forget_all_but({each.name for each in self.upstreams})
         self.settings_applied.set()
+        self.settings_applied = asyncio.Event()
 
     def authenticate(self, request: ClientRequest) -> Key:
         """Return the key of a request that may be served now. Raises Refusal."""

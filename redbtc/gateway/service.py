@@ -62,6 +62,7 @@ class Service:
             asyncio.create_task(work, name=name)
             for name, work in {
                 "daily work": daily_work.do_for_ever(),
+                "expired bodies": daily_work.erase_bodies_for_ever(),
                 "webhook": post_for_ever(gateway.billing, log),
                 "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
                 "clock": watch_clock(store.clock, log),

@@ -29,7 +29,7 @@ from redbtc.config import RetentionSettings
 from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
 from redbtc.store.json_values import JSON_IDS
-from redbtc.store.request_log import RequestLog
+from redbtc.store.request_log import Purged, RequestLog
 from redbtc.store.writer import SQLStatement
 from redbtc.times import DAY
 
@@ -103,6 +103,11 @@ class Erased(Struct):
     def __bool__(self) -> bool:
         return any(asdict(self).values())
 
+    def add_bodies(self, purged: Purged) -> None:
+        """Count bodies that were erased."""
+        self.logged_requests += purged.requests
+        self.logged_bytes += purged.bytes
+
 
 class Pace:
     """The speed of the steps: how many rows the next one erases, and the pause after it."""
@@ -151,11 +156,9 @@ class Retention:
 
     # The work
 
-    async def erase_expired_bodies(self, erased: Erased) -> None:
-        """Erase the bodies of requests that have expired, and count them."""
-        purged = await self._request_log.purge(self._store.time())
-        erased.logged_requests += purged.requests
-        erased.logged_bytes += purged.bytes
+    async def erase_expired_bodies(self) -> Purged:
+        """Erase the bodies of requests that have expired. Raises StorageUnavailable."""
+        return await self._request_log.purge(self._store.time())
 
     async def preview(self, settings: RetentionSettings) -> Erased:
         """Return how many rows `erase_old` would erase now."""

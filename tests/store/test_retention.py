@@ -27,6 +27,7 @@ from redbtc.store.schema import migrations, schema
 from redbtc.times import DAY, iso_time, month_of
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
 from tests.helpers.logins import new_user
+from tests.helpers.request_logs import logged_ids, set_log
 from tests.helpers.upstream import Upstream, json_answer, response_object
 
 pytestmark = [pytest.mark.promise_6, pytest.mark.promise_8]
@@ -399,17 +400,6 @@ def test_a_purge_changes_no_statement_and_leaves_no_byte(make_gateway: MakeGatew
     assert first["changed_by"] not in ("", "gateway")
 
 
-def test_a_damaged_request_log_holds_up_nothing_else(make_gateway: MakeGateway) -> None:
-    gateway = filled(make_gateway(OLD), [request_of(-20), request_of(-1)])
-    (gateway.folder / "request_log.db").write_bytes(b"not a database" * 1000)
-    purged = gateway.run("db", "purge", "--json")
-    assert purged.returncode == 1
-    found = json.loads(purged.stdout)
-    assert found["erased"]["requests"] == 1
-    (line,) = found["still_to_do"]
-    assert line.startswith("Expired bodies of requests are not erased: the request log is")
-
-
 def test_nothing_is_erased_unless_that_is_set(make_gateway: MakeGateway) -> None:
     gateway = filled(make_gateway(), HISTORY[:20])
     with opened(gateway) as database:
@@ -690,3 +680,39 @@ def test_a_ledger_that_fails_is_left_alone(make_gateway: MakeGateway) -> None:
         other.execute("ROLLBACK")
     gateway.wait_for_log("old data erased")
     assert gateway.log().count("daily work failed") == 1
+
+
+def test_expired_bodies_do_not_wait_for_old_rows(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = filled(make_gateway(), [request_of(-20)] * 600)
+    gateway.prelude = SLOW
+    gateway.start()
+    upstream.script = json_answer(response_object())
+    with gateway.client(gateway.new_key("a")) as client:
+        set_log(gateway, "a", 1)
+        assert client.post("/responses", json={"model": "m", "input": "Hi"}).status_code == 200
+    assert len(logged_ids(gateway)) == 1
+    gateway.configure({"retention": {"usage_days": KEPT_DAYS, "request_log_days_max": 0}})
+    gateway.signal(1)
+    path = f"{(gateway.folder / 'request_log.db').as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(path, uri=True)) as bodies:
+        logged = "SELECT count(*) FROM logged"
+        wait_until(lambda: bodies.execute(logged).fetchone()[0] == 0)
+    assert "old data erased" not in gateway.flushed_log()
+    gateway.wait_for_log("old data erased")
+
+
+def test_old_rows_do_not_wait_for_a_damaged_request_log(make_gateway: MakeGateway) -> None:
+    gateway = filled(make_gateway(), [request_of(-20)] * 3)
+    (gateway.folder / "request_log.db").write_bytes(b"not a database" * 1000)
+    gateway.configure(OLD)
+    purged = gateway.cli("db", "purge", check=False)
+    assert purged.returncode == 1
+    (line,) = json.loads(purged.stdout)["still_to_do"]
+    assert "Expired bodies of requests were not erased: the request log is unavailable" in line
+    assert json.loads(purged.stdout)["erased"]["requests"] == 3
+    gateway.prelude = OFTEN
+    gateway.start()
+    gateway.wait_for_log("expired bodies not erased")
+    assert "daily work failed" not in gateway.flushed_log()
