@@ -31,7 +31,6 @@ from tests.helpers.gateway import (
     ROOT,
     Gateway,
     MakeGateway,
-    wait_until,
 )
 from tests.helpers.leaving import fill_account, marks_in, text_columns, texts_of
 
@@ -249,27 +248,30 @@ def test_an_account_whose_time_has_come_is_due(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-AT_ONCE = "[retention]\nterminated_account_days = 0\n"
-
-
 @pytest.mark.parametrize("is_running", [True, False])
 def test_an_account_is_erased_without_being_asked_again(
     make_gateway: MakeGateway, is_running: bool
 ) -> None:
     """A running gateway erases the accounts whose time has come by itself, and so does db purge."""
-    gateway = make_gateway(AT_ONCE)
+    gateway = make_gateway()
     account = filled(gateway, 3)
+    assert gateway.cli("account", "terminate", account["id"], "--yes")["erased_at"] is None
+    assert gateway.cli("db", "purge")["erased"]["accounts"] == 0
+    with contextlib.closing(sqlite3.connect(gateway.database, isolation_level=None)) as db:
+        db.execute("INSERT INTO erasing VALUES (1, 'account', ?)", (account["id"],))
+        db.execute("UPDATE accounts SET erase_at = 1 WHERE id = ?", (account["id"],))
+        db.execute("DELETE FROM erasing")
     if is_running:
         gateway.prelude = f"{OWN_MODULES}from redbtc.gateway import daily_work\n"
         gateway.prelude += "daily_work.FIRST_SECONDS = 0; daily_work.TURN_SECONDS = 0.05\n"
         gateway.start()
-    gateway.cli("account", "terminate", account["id"], "--yes")
-    if not is_running:
+        gateway.wait_for_log("account erased")
+    else:
         assert gateway.cli("db", "purge", "--dry-run")["erased"]["accounts"] == 1
         found = gateway.cli("db", "purge")
         assert (found["erased"]["accounts"], found["still_to_do"]) == (1, [])
         assert gateway.cli("db", "purge")["erased"]["accounts"] == 0
-    wait_until(lambda: gateway.cli("account", "show", account["id"])["erased_at"])
+    assert gateway.cli("account", "show", account["id"])["erased_at"]
     assert not list(marks_in(gateway.folder, MARK))
 
 
