@@ -106,7 +106,8 @@ def request_text(found: dict[str, Any]) -> str:
     if bodies is None:
         lines["bodies"] = "not stored"
     else:
-        lines["bodies"] = f"stored until {bodies['expires_at']}"
+        incomplete = "" if bodies["is_complete"] else "; parts are missing, or it has not ended"
+        lines["bodies"] = f"stored until {bodies['expires_at']}{incomplete}"
         lines["request body"] = body_text(bodies["request"])
         lines["response body"] = body_text(bodies["response"])
     return details(lines)

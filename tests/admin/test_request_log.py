@@ -244,6 +244,7 @@ def test_a_command_reads_a_body_exactly_and_the_owner_is_told(rooms: Rooms) -> N
                 for line in shown.stdout.splitlines()
             ), name
     assert "stored until" in shown.stdout
+    assert "parts are missing" not in shown.stdout
     assert CANARY not in shown.stdout
     told = gateway.cli("usage", "show", request_id)
     assert told["request"] == row
@@ -271,6 +272,10 @@ def test_a_body_that_was_too_long_is_printed_with_a_note(make_gateway: MakeGatew
     done = gateway.run("usage", "show", request_id, "--request")
     assert (done.returncode, done.stdout.encode()) == (0, content[:1024])
     assert f"the first 1024 of {len(content)} bytes are stored" in done.stderr
+    assert (
+        "; parts are missing, or it has not ended"
+        in gateway.run("usage", "show", request_id).stdout
+    )
 
 
 def test_nothing_is_shown_if_the_reading_can_t_be_recorded(rooms: Rooms) -> None:

@@ -653,6 +653,18 @@ def test_a_body_that_is_cut_within_a_secret_ends_before_it(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("size", range(45, 50))
+def test_a_key_that_begins_in_what_looks_like_a_key_is_found(tmp_path: Path, size: int) -> None:
+    async def run() -> None:
+        async with open_log(tmp_path) as tested:
+            await tested.add("req_1", f"{new_key()[: 10 + size]}{new_key()}".encode())
+            found = await tested.log.read("req_1")
+            assert found
+            assert found.request_withheld
+
+    asyncio.run(run())
+
+
 def test_what_only_looks_like_a_key_is_stored(tmp_path: Path, with_credential: Settings) -> None:
     key = new_key()
     wrong = key[:-1] + ("A" if key[-1] != "A" else "B")

@@ -685,7 +685,7 @@ def test_a_ledger_that_fails_is_left_alone(make_gateway: MakeGateway) -> None:
 def test_expired_bodies_do_not_wait_for_old_rows(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
-    gateway = filled(make_gateway(), [request_of(-20)] * 600)
+    gateway = filled(make_gateway(), [request_of(-20)] * 2000)
     gateway.prelude = SLOW
     gateway.start()
     upstream.script = json_answer(response_object())
@@ -693,6 +693,9 @@ def test_expired_bodies_do_not_wait_for_old_rows(
         set_log(gateway, "a", 1)
         assert client.post("/responses", json={"model": "m", "input": "Hi"}).status_code == 200
     assert len(logged_ids(gateway)) == 1
+    gateway.configure(OLD)
+    gateway.signal(1)
+    wait_until(lambda: read(gateway, "SELECT count(*) FROM requests") < 2000)  # it has begun
     gateway.configure({"retention": {"usage_days": KEPT_DAYS, "request_log_days_max": 0}})
     gateway.signal(1)
     path = f"{(gateway.folder / 'request_log.db').as_uri()}?mode=ro"

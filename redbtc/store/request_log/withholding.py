@@ -9,7 +9,8 @@ import re
 from redbtc.config import Settings
 from redbtc.store.keys import KEY_PREFIX, hash_of_key
 
-KEY_FORM = re.compile(rb"%b[0-9A-Za-z]{49}" % KEY_PREFIX.encode())
+# The end is not consumed: the beginning of the next key can be part of what looks like a key.
+KEY_FORM = re.compile(rb"%b(?=([0-9A-Za-z]{49}))" % KEY_PREFIX.encode())
 KEY_BEGINNING = re.compile(rb"%b[0-9A-Za-z]{0,48}\Z" % KEY_PREFIX.encode())
 KEY_BYTES = len(KEY_PREFIX) + 49
 MIN_CREDENTIAL_BYTES = 8  # shorter values would be found in any text
@@ -34,7 +35,7 @@ class Secrets:
         it may be revoked, or be another gateway's."""
         if any(credential in text for credential in self._credentials):
             return True
-        return any(hash_of_key(found[0].decode()) for found in KEY_FORM.finditer(text))
+        return any(hash_of_key((found[0] + found[1]).decode()) for found in KEY_FORM.finditer(text))
 
     def without_beginning(self, text: bytes) -> bytes:
         """Return a text of which the rest is not known without a secret that may begin at its end:
