@@ -555,7 +555,7 @@ def test_an_owner_has_requests_logged_and_reads_them_by_keyboard_alone(
         page.keyboard.press("Enter")
     assert download.value.path().read_bytes() == answer.content
     enter(page, "Settings")
-    expect(page.get_by_role("region", name="Last readings of stored bodies")).to_contain_text(
+    expect(page.get_by_role("region", name="The last readings, newest first")).to_contain_text(
         request_id
     )
     looker = Looker(browser, gateway, owner)
