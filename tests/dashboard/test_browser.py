@@ -37,9 +37,13 @@ def problems(page: Page) -> list[str]:
     return [f"{each['id']}: {each['nodes'][0]['html']}" for each in found["violations"]]
 
 
+# Said of a page to which the browser goes back, and where it restores the focus.
+RESTORED = "Autofocus processing was blocked because a document already has a focused element."
+
+
 def watch(page: Page, said: list[str]) -> None:
     """Collect the messages that a page logs or shows in a dialog."""
-    page.on("console", lambda message: said.append(message.text))
+    page.on("console", lambda each: said.append(each.text) if each.text != RESTORED else None)
     page.on("dialog", lambda dialog: said.append(dialog.message))
 
 
