@@ -1160,7 +1160,7 @@ ALTER TABLE stored_objects ADD COLUMN
 -- version 16
 
 -- Content of requests is kept only where an owner has asked for it, in a database of its own
--- (redbtc/store/request_log.py).
+-- (redbtc/store/request_log/).
 ALTER TABLE accounts ADD COLUMN
     log_days            INTEGER CHECK (log_days > 0);   -- days for which bodies are kept; NULL: they are not
 ALTER TABLE keys ADD COLUMN

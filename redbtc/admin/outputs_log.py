@@ -20,8 +20,8 @@ class LoggedKey(Struct):
 
 
 class BodyReading(Struct):
-    """Who has read a stored body, `request` or `response`, of which request. Both are null for an
-    export of all that is stored."""
+    """A reading of a stored body (`request` or `response`): when, by whom, and of which request.
+    `body` and `request_id` are null for an export of all that is stored."""
 
     at: Moment
     by: str

@@ -1,4 +1,4 @@
-"""Hand the bodies of a logged request to the request log (redbtc/store/request_log.py), as the
+"""Hand the bodies of a logged request to the request log (redbtc/store/request_log/), as the
 client has sent and was sent them."""
 
 from __future__ import annotations
