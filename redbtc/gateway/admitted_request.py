@@ -112,6 +112,7 @@ class AdmittedRequest(ForwardedRequest, Running):
             self.hold = await self._hold_or_undo()
             self._is_held = True
             self._note_growth()
+            self.client_request.received = None
             await self._begin()
             self.row.attempts = 0
             self.gateway.in_flight.with_row.add(self)

@@ -35,9 +35,11 @@ class MeteredRoute:
             gateway.serving(client_request.client, deadline, key),
             Reservation(gateway.limiter, key, settings) as memory,
         ):
+            client_request.received = memory
             body = await read_content(
                 client_request.headers, receive, deadline, settings, memory, endpoint
             )
+            client_request.received = body
             candidates = await candidates_for(
                 gateway, key, client_request, body, needs_price=self._needs_price
             )

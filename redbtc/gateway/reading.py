@@ -46,6 +46,7 @@ async def read_content(
     body = await in_slices(steps, reserved.account_id)
     if body.excess_bytes:
         await reserved.take(body.excess_bytes, None)
+    reserved.body = b""
     return body
 
 
@@ -89,7 +90,7 @@ async def read_body(
         begun = bool(body)
         try:
             with deadline.running(seconds):
-                body, whole = await _read_up_to(room, body, receive, max_bytes, form is not None)
+                body, whole = await _read_up_to(room, reserved, receive, max_bytes, form is not None)
         except TimeoutError:
             if deadline.client_left:
                 raise ClientLeft from None
@@ -103,10 +104,12 @@ async def read_body(
 
 
 async def _read_up_to(
-    room: int, body: Buffer, receive: Receive, max_bytes: int, one: bool
+    room: int, reserved: Reservation, receive: Receive, max_bytes: int, one: bool
 ) -> tuple[Buffer, bool]:
     """Read until the body is whole or fills the reserved `room` in bytes; if `one`, only what comes
-    first. Return what has been read so far, and whether it is whole. Raises Refusal, ClientLeft."""
+    first. Return what has been read so far, which is also kept in `reserved.body`, and whether it
+    is whole. Raises Refusal, ClientLeft."""
+    body = reserved.body
     while len(body) <= room:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -115,6 +118,7 @@ async def _read_up_to(
             body += message["body"]
         else:
             body = bytearray(body + message["body"]) if body else message["body"]
+            reserved.body = body
         _check_size(len(body), max_bytes)
         if one or not message["more_body"]:
             return body, not message["more_body"]

@@ -180,6 +180,7 @@ class StoredRoute:
             location, candidates = choose_stored(gateway, client_request, key, response_id)
             query = self._query(client_request, key, response_id, scope["query_string"])
             with Reservation(gateway.limiter, key, settings) as reserved:
+                client_request.received = reserved
                 body = await read_body(
                     client_request.headers, receive, deadline, settings, reserved
                 )
@@ -196,6 +197,7 @@ class StoredRoute:
                     raise Refusal("invalid_request", message)
                 await gateway.limiter.take_places(admission, 0, deadline)
             await gateway.limiter.take_place_at_upstream(admission, candidates, deadline)
+            client_request.received, reserved.body = None, b""
             with candidates, await self._hold(key, response_id, admission):
                 request = StoredRequest(
                     gateway,

@@ -30,6 +30,7 @@ class Reservation:
         self._limiter = limiter
         self._account, self._gateway = limiter.memory(key)
         self.settings = settings
+        self.body: bytes | bytearray = b""  # what has been read of it, while it is read
         self._free = 0  # bytes that are not counted
         self._size = 0  # bytes that the caller holds
         self._held = 0  # bytes of these that were taken from the limits: all but the free ones
@@ -44,6 +45,10 @@ class Reservation:
     def __exit__(self, *_: object) -> None:
         if self._free or self._held:
             self.release()
+
+    def as_client_sent(self) -> tuple[bytes | bytearray]:
+        """Return what has been read of the body so far."""
+        return (self.body,)
 
     def release(self) -> None:
         """Give all of it back. It has no effect the second time."""

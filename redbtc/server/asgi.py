@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from typing import Any, Protocol
 
 from msgspec import Struct, field
 
@@ -54,6 +54,13 @@ class Client(Struct, eq=False):
     on_leave: set[Callable[[], None]] = field(default_factory=set)
 
 
+class Received(Protocol):
+    """The body of a request, as far as it has arrived."""
+
+    def as_client_sent(self) -> Sequence[bytes | bytearray | memoryview]:
+        """Return it in parts."""
+
+
 class ClientRequest(Struct, eq=False):
     """A request as the whole gateway knows it: one over HTTP, the handshake of a WebSocket, or one
     that arrived over a WebSocket."""
@@ -68,6 +75,8 @@ class ClientRequest(Struct, eq=False):
     # The gateway failed on it after it may have reached an upstream: a retry would be paid again.
     interrupted: bool = False
     counted: bool = False  # it is in the metrics and the log, with its row in the ledger
+    # Its body, while it can be served anew by another process: it is not admitted yet.
+    received: Received | None = None
     id: str = field(default_factory=new_request_id)
     started: float = field(default_factory=time.monotonic)  # when the head had arrived
 

@@ -147,6 +147,9 @@ class Connections:
         # others, so that no account can take all connections with bodies that never end or
         # responses that are not read.
         self.keyed_waiting: dict[Connection, None] = {}
+        # Called with the protocol of each connection that has no request, before one begins: the
+        # connections are to go on in another process.
+        self.on_idle: Callable[[Any], None] | None = None
         self._loop = loop
         self._max = max_connections or max_client_connections()
         self._sweeping = False

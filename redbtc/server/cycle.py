@@ -49,6 +49,7 @@ class RequestCycle:
         self.scope = scope
         self.framing = framing
         self.keep_alive = keep_alive
+        self.task: asyncio.Task[None] | None = None  # that runs the app
         self.started = False  # the app has sent the response's head
         self.complete = False
         self._connection = connection
@@ -113,6 +114,29 @@ class RequestCycle:
             return False
         stream.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return True
+
+    # Another process
+
+    def rebuilt(self) -> bytes | None:
+        """Return what has arrived of the request, in a form from which another process can serve
+        it. Return None if it is admitted or refused already, or is not one that can be served
+        anew."""
+        received = self.request.received
+        if received is None or self.started or self._failure:
+            return None
+        scope, dropped = self.scope, b"" if self._expects_continue else b"expect"
+        target = scope["raw_path"]
+        if scope["query_string"]:
+            target += b"?" + scope["query_string"]
+        head = [b"%b %b HTTP/%b\r\n" % (scope["method"].encode(), target, self._version)]
+        head += [b"%b: %b\r\n" % line for line in scope["headers"] if line[0] != dropped]
+        body = b"".join([*received.as_client_sent(), self._body])
+        return b"".join([*head, b"\r\n", self.framing.rebuilt(body)])
+
+    @property
+    def _version(self) -> bytes:
+        version: str = self.scope["http_version"]
+        return version.encode()
 
     # The app's side
 

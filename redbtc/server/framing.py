@@ -143,6 +143,11 @@ class Length:
         self.whole = self._remaining == 0
         return body, data[len(body) :]
 
+    def rebuilt(self, body: bytes) -> bytes:
+        """Return the bytes from which another reader reads `body`, all that was fed, and then goes
+        on where this one is."""
+        return body
+
 
 class Chunked:
     """A body in chunks (RFC 9112 §7.1), parsed strictly. Extensions and trailers are dropped."""
@@ -184,6 +189,17 @@ class Chunked:
                 raise BadFraming
         return b"".join(parts), data[at:]
 
+    def rebuilt(self, body: bytes) -> bytes:
+        """Return the bytes from which another reader reads `body`, all that was fed, and then goes
+        on where this one is."""
+        begun = b"%x\r\n%b" % (len(body) + self._remaining, body) if body else b""
+        if self._remaining:
+            return begun or b"%x\r\n" % self._remaining
+        if self.whole or self._in_trailers:
+            end = b"0\r\n\r\n" if self.whole else b"0\r\n" + self._partial
+            return (begun + b"\r\n" if body else b"") + end
+        return begun + self._partial
+
     def _end_of_line(self, data: bytes, at: int) -> int:
         """Return where the line that begins at `at` ends, or -1 if its end has not arrived. Raises
         BadFraming."""
@@ -221,6 +237,10 @@ class Endless:
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """Drop all of `data`."""
         return b"", b""
+
+    def rebuilt(self, body: bytes) -> bytes:
+        """Return `body`: what comes after it can't be read."""
+        return body
 
 
 Framing = Length | Chunked | Endless

@@ -28,6 +28,7 @@ class HeadReader:
         self.complete = False
         self.keep_alive = False  # the head allows another request on the connection
         self.headers: Headers = []
+        self.received = b""  # all bytes of a head that is not complete
         self._method = self._url = b""
         self._version = "1.1"
         self._size = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import ipaddress
@@ -32,6 +33,28 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def stop_accepting(self) -> None:
+        """Accept no more connections. Those that are open go on."""
+        for server in self.servers:
+            server.close()
+
+    async def adopt(self, connection: socket.socket, received: bytes) -> None:
+        """Serve a connection that another process has left, with the bytes that it has received
+        and not served."""
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(lambda: self.protocol(received), connection)
+
+    def protocol(self, received: bytes | None = None) -> asyncio.Protocol:
+        """Return the protocol of a connection; `received` as HTTPProtocol takes it."""
+        made: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = made(
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            received=received,
+        )
+        return protocol
 
 
 def server_for(app: Any, connections: Connections | None = None, **options: Any) -> Server:

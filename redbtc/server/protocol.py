@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import uvicorn
 from uvicorn.server import ServerState
@@ -41,6 +42,14 @@ MAX_LINGER = 4 << 20  # bytes that are thrown away after the last response
 WRITE_SECONDS = 300  # for the client to read from a full write buffer while the app runs
 
 
+class LeftConnection(NamedTuple):
+    """A connection that is left to another process."""
+
+    file: int  # its socket, for the caller to close
+    received: bytes  # that was not served
+    task: asyncio.Task[None] | None  # that ends the request here, if one had begun
+
+
 class HTTPProtocol(asyncio.Protocol):
     """One client's connection. Each scope holds a ClientRequest, to which the app adds the key when
     it has found the key to be valid."""
@@ -52,7 +61,10 @@ class HTTPProtocol(asyncio.Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        received: bytes | None = None,
     ) -> None:
+        """`received` are the bytes that another process has received on the connection and has not
+        served, if it has left the connection to this one."""
         self._connections = connections
         self._config = config
         self._server_state = server_state
@@ -63,6 +75,7 @@ class HTTPProtocol(asyncio.Protocol):
         self._cycle: RequestCycle | None = None  # while the app runs or a body is read
         self._continuing = False  # the bytes that were kept are parsed in the next turn of the loop
         self._on_leave: set[Callable[[], None]] = set()  # called when the client disconnects
+        self._received = received
 
     # What asyncio calls
 
@@ -73,8 +86,13 @@ class HTTPProtocol(asyncio.Protocol):
         self._server = _address(transport.get_extra_info("sockname"))
         self._client = _address(transport.get_extra_info("peername"))
         self._server_state.connections.add(cast(Any, self))
-        self.connection.enter("idle", HEAD_SECONDS)
+        is_new, received = self._received is None, self._received or b""
+        self.connection.enter("idle", HEAD_SECONDS if is_new else KEEP_ALIVE_SECONDS)
         self._connections.add(self.connection, len(self._server_state.connections))
+        self._received = None
+        if received:
+            self._stream.kept = received
+            self._continue()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
@@ -121,6 +139,33 @@ class HTTPProtocol(asyncio.Protocol):
         elif self.connection.state != "closing":
             self._stream.close()
 
+    def leave(self) -> LeftConnection | None:
+        """Leave the connection to another process, if no response is under way or unread. A request
+        that is not admitted yet ends here, without an answer: the other process serves it. Return
+        None where the connection has to stay."""
+        stream, connection, received = self._stream, self.connection, None
+        if connection.closed or self._transport.is_closing() or stream.has_unsent:
+            return None
+        if connection.state == "idle":
+            received = b""
+        elif connection.state == "head" and self.head:
+            received = self.head.received
+        elif connection.state == "serving" and self._cycle:
+            received = self._cycle.rebuilt()
+        if received is None:
+            return None
+        left = LeftConnection(
+            os.dup(self._transport.get_extra_info("socket").fileno()),
+            received + stream.kept,
+            self._cycle.task if self._cycle else None,
+        )
+        self._on_leave.clear()
+        if left.task:
+            left.task.cancel()
+        connection.closed = True
+        self._transport.abort()
+        return left
+
     # Reading
 
     def _keep(self, data: bytes) -> None:
@@ -145,6 +190,10 @@ class HTTPProtocol(asyncio.Protocol):
         """Parse bytes that have arrived. Those of a following request are kept for later."""
         connection = self.connection
         if connection.state == "idle":
+            if self._connections.on_idle:
+                self._keep(data)
+                self._connections.on_idle(self)
+                return
             self.head = HeadReader()
             connection.enter("head", HEAD_SECONDS)
         if connection.state == "head" and self.head:
@@ -161,7 +210,10 @@ class HTTPProtocol(asyncio.Protocol):
         that come after the head."""
         try:
             rest = head.feed(data)
-            return self._begin(head, rest) if head.complete else rest
+            if head.complete:
+                return self._begin(head, rest)
+            head.received += data
+            return rest
         except Refusal as refusal:
             self._refuse(head, refusal)
             return b""
@@ -222,7 +274,7 @@ class HTTPProtocol(asyncio.Protocol):
         )
         self.head, self._cycle = None, cycle
         self.connection.enter("serving")
-        task = self._loop.create_task(self._run(cycle))
+        task = cycle.task = self._loop.create_task(self._run(cycle))
         tasks = self._server_state.tasks
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -254,7 +306,9 @@ class HTTPProtocol(asyncio.Protocol):
         """Wait for the next request, or begin with one whose first bytes have arrived already."""
         self._cycle = None
         self.connection.enter("idle", KEEP_ALIVE_SECONDS)
-        if self._stream.kept:
+        if self._connections.on_idle:
+            self._connections.on_idle(self)
+        elif self._stream.kept:
             self._continue()
         else:
             self._stream.resume_reading()

@@ -91,6 +91,11 @@ class ClientStream:
         """The number of bytes in the write buffer."""
         return self._transport.get_write_buffer_size()
 
+    @property
+    def has_unsent(self) -> bool:
+        """Return whether something waits to be sent."""
+        return bool(self._head) or self.unsent_bytes > 0
+
     # Ending
 
     def close(self) -> None:

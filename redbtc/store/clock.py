@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from redbtc.errors import UserError
 from redbtc.times import iso_time
@@ -104,6 +104,20 @@ class LedgerClock:
                 "db set-time. (serve --accept-clock starts anyway; ledger time then pauses until "
                 "the clock catches up)"
             )
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        """What another process on the same machine needs to go on with the same time."""
+        self.now()
+        return (self._latest, self._followed, self._believed, self._watched, self._judged_at)
+
+    def go_on_with(self, state: Sequence[int]) -> None:
+        """Go on with the time of another process, whose `state` this is."""
+        latest, self._followed, believed, watched, judged_at = state
+        self._believe(believed, 0)
+        self._watch(watched, 0)
+        self._judged_at = judged_at
+        self.go_on_from(latest)
 
     def set_back(self, latest: int) -> None:
         """Go on from `latest`, which can be earlier. A wall clock that is behind the ledger's time

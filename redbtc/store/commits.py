@@ -74,7 +74,7 @@ class Commits:
         self._refused = RefusedValues(writer, spill, log)
         self._rescue = Rescue(database, writer, spill, log)
         self._now = now
-        self._log = log
+        self.log = log
         self._closing = False
         self.tasks = [
             asyncio.create_task(self._work(), name="ledger"),
@@ -195,7 +195,7 @@ class Commits:
         is as it should be. A row that another process has closed is opened again and settled."""
         if found := await kind.repair(self._writer, values, self._now()):
             self.repaired += 1
-            self._log(logging.ERROR, "row closed by another process", **found)
+            self.log(logging.ERROR, "row closed by another process", **found)
 
     # Entries that wait too long
 
@@ -229,7 +229,7 @@ class Commits:
             return
         self._lose(reason_of(error))
         way_out = FILE_CHANGED if gone else DAMAGED_IN_USE
-        self._log(logging.CRITICAL, "ledger lost", reason=self.state.failure, what_to_do=way_out)
+        self.log(logging.CRITICAL, "ledger lost", reason=self.state.failure, what_to_do=way_out)
         if gone:
             self._rescue.begin_copy()
 
@@ -237,7 +237,7 @@ class Commits:
         """Write changes into the spill file from now on: the process ends, and no commit
         succeeds."""
         if self.state.health != "lost":
-            self._log(logging.WARNING, "ledger given up", reason=self.state.failure)
+            self.log(logging.WARNING, "ledger given up", reason=self.state.failure)
             self._lose(self.state.failure)
 
     def _lose(self, reason: str) -> None:

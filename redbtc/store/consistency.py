@@ -12,7 +12,7 @@ from redbtc.store.backup import FILE_CHECKS, suffixed
 from redbtc.store.database import Store
 from redbtc.store.opening import refuse_incomplete
 from redbtc.store.schema import APPLICATION_ID, newest_version
-from redbtc.store.spill import Spill
+from redbtc.store.spill import Spill, left_spills
 
 CHECKS = FILE_CHECKS | {
     "usage does not equal the sum of its requests": """
@@ -86,7 +86,7 @@ def check_file(path: Path, currency: str) -> list[str]:
     """Return the problems of a database that may be in use. Nothing is written."""
     try:
         if not suffixed(path, ".restored").exists():  # else a start finishes that restore first
-            refuse_incomplete(path, Spill(path))
+            refuse_incomplete(path, [Spill(path), *left_spills(path)])
         path.stat()
     except UserError as error:
         return [str(error)]

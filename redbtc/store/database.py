@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,8 +38,9 @@ from redbtc.store.opening import (
     refuse_incomplete,
 )
 from redbtc.store.readers import Readers
-from redbtc.store.spill import Spill
-from redbtc.store.takeover import interruption, latest_time, write_owed
+from redbtc.store.spill import Spill, left_spills
+from redbtc.store.takeover import interruption, interruption_of, latest_time, write_owed
+from redbtc.store.turns import LEDGER, Turns
 from redbtc.store.wal import WalFile
 from redbtc.store.writer import SQLStatement, Writer
 
@@ -90,6 +92,8 @@ class Store:
         self.look_up, self.look_up_all = readers.look_up, readers.look_up_all
         self.rows, self.one = readers.rows, readers.one
         self.snapshot, self.snapshot_to_check = readers.snapshot, readers.snapshot_to_check
+        self.locks: tuple[int, int]  # the open files of the lock and the database
+        self._spill: Spill
         self._writer = writer
         self._wal = wal
         self.secret = b""  # for the idempotency keys that are sent upstream
@@ -119,13 +123,21 @@ class Store:
         synchronous: str,
         serving: Serving | None,
     ) -> Store:
-        stack.enter_context(take_lock_file(path))
-        replaced = complete_restore(path)
-        spill = Spill(path)
-        refuse_incomplete(path, spill)
-        file = stack.enter_context(lock_database(path))
-        if serving and serving.check_seconds and (spill.exists() or has_wal(path)):
-            await check_pages(path, serving)
+        spill, left, replaced = Spill(path), list[Spill](), None
+        joined = serving.joined if serving else None
+        if joined:
+            lock_file, file = joined.lock_file, joined.database
+            stack.callback(os.close, lock_file)
+            stack.callback(os.close, file)
+        else:
+            lock_file = stack.enter_context(take_lock_file(path))
+            replaced = complete_restore(path)
+            left = left_spills(path)
+            refuse_incomplete(path, [spill, *left])
+            file = stack.enter_context(lock_database(path))
+            is_unclean = spill.exists() or left or has_wal(path)
+            if serving and serving.check_seconds and is_unclean:
+                await check_pages(path, serving)
         writer = Writer(path, synchronous)
         await stack.enter_async_context(writer)
         if serving:
@@ -139,24 +151,65 @@ class Store:
             clock.start(accept=serving.accept_clock)
         commits = Commits(path, writer, spill, clock.now, serving.log if serving else no_log)
         stack.push_async_callback(end, commits, spill)
+        if joined:
+            writer.turns = Turns(joined.turns, LEDGER)
         readers = await Readers.open(stack, path, commits.check_error)
         wal = WalFile(path, file, writer, commits, readers)
         store = cls(path, writer, commits, readers, clock, wal)
         store.migrated, store.replaced = migrated, replaced
-        await store._prepare(spill, serving)
+        store.locks, store._spill = (lock_file, file), spill
+        if joined:
+            store.secret = await writer.value(SECRET)
+        else:
+            await store._prepare([*left, spill], serving)
         writer.files = OpenFiles(path)
         return store
 
-    async def _prepare(self, spill: Spill, serving: Serving | None) -> None:
-        """Write what an earlier process left behind, and begin a run."""
+    async def _prepare(self, spills: Sequence[Spill], serving: Serving | None) -> None:
+        """Write what earlier processes left behind, and begin a run."""
         await self.transact((MAKE_SECRET, (secrets.token_bytes(32),)))
         self.secret = await self._writer.value(SECRET)
-        await write_owed(spill, self._writer, self.commits, serving.log if serving else no_log)
+        for each in spills:
+            await self._write_owed(each)
         self.interrupted = await self.transact(*interruption(self.time()))
         if serving:
-            await self.transact((ADD_RUN, (self.time(),)))
-            self.run = await self._writer.value(LATEST_RUN)
-            spill.reserve()
+            await self.begin_run()
+
+    async def _write_owed(self, spill: Spill) -> None:
+        await write_owed(spill, self._writer, self.commits, self.commits.log)
+        if spill is not self._spill:
+            spill.path.unlink(missing_ok=True)
+
+    # Taking over from another process
+
+    async def begin_run(self) -> None:
+        """Begin a run of a gateway. Raises StorageUnavailable, OSError."""
+        await self.transact((ADD_RUN, (self.time(),)))
+        self.run = await self._writer.value(LATEST_RUN)
+        self._spill.reserve()
+
+    def share(self, turns: int) -> None:
+        """From now on, wait for a turn before each write: another process begins to write as well,
+        and gets the spill file. `turns` is a file of new_turns. Raises OSError."""
+        self._writer.turns = Turns(turns, LEDGER)
+        self._spill.use(Spill(self.path, str(os.getpid())))
+
+    def write_alone(self) -> None:
+        """From now on, no other process writes."""
+        self._writer.turns = None
+
+    async def take_back(self) -> None:
+        """Undo `share`: no other process has taken over. Raises OSError."""
+        aside = Path(self._spill.path)
+        self._spill.use(Spill(self.path))
+        aside.unlink(missing_ok=True)
+        self.write_alone()
+
+    async def finish_for(self, process: int, request_ids: Collection[str]) -> None:
+        """Write what a process could not that has ended: what its spill file has, and that these of
+        its requests were interrupted. Raises StorageUnavailable, OSError, sqlite3.Error."""
+        await self._write_owed(Spill(self.path, str(process)))
+        await self.transact(*interruption_of(request_ids, self.time()))
 
     # State
 

@@ -23,11 +23,11 @@ class FileChanged(UserError):
 
 
 @contextlib.contextmanager
-def take_lock_file(database: Path) -> Iterator[None]:
-    """Hold the lock file beside a database. The lock ends with the process, however that ends.
-    Raises DatabaseInUse, OSError."""
-    with _held(Path(f"{database}.lock"), database):
-        yield
+def take_lock_file(database: Path) -> Iterator[int]:
+    """Hold the lock file beside a database, and return it. The lock ends with the process, however
+    that ends. Raises DatabaseInUse, OSError."""
+    with _held(Path(f"{database}.lock"), database) as file:
+        yield file
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,23 @@ class Migrated(NamedTuple):
     no_backup: str
 
 
+class JoinedFiles(NamedTuple):
+    """The open files of a process that another one takes over from: the locks of the database, and
+    the file whose locks are turns to write."""
+
+    lock_file: int
+    database: int
+    turns: int
+
+
+class SchemaChanges(UserError):
+    """The ledger must be migrated, but another process still writes it."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(f"the ledger has schema {before}; this version needs schema {after}")
+        self.before, self.after = before, after
+
+
 class Serving(Struct, eq=False):
     """The options of a store that a gateway opens, and a command does not need."""
 
@@ -44,6 +61,7 @@ class Serving(Struct, eq=False):
     accept_clock: bool  # believe the machine's clock in any case
     log: LogFunction
     closing: Callable[[], None]  # called when nothing is left to do but to close the files
+    joined: JoinedFiles | None = None  # the process takes over from another one
     # Remembered for the next try to open the same database: the file that was found sound, and the
     # file that was copied before its migration, with the path of the copy.
     checked: Identity | None = None
@@ -59,7 +77,7 @@ def has_wal(database: Path) -> bool:
         return False
 
 
-def refuse_incomplete(database: Path, spill: Spill) -> None:
+def refuse_incomplete(database: Path, spills: Sequence[Spill]) -> None:
     """Raise UserError if the database is missing although files that belong to it exist, or if it
     is older than its rescued content: then it lacks what was in a removed WAL file. A restored
     database is newer."""
@@ -77,7 +95,9 @@ def refuse_incomplete(database: Path, spill: Spill) -> None:
             "Restore a backup (db restore FILE), or move the -wal file away to start with an empty "
             "ledger"
         )
-    if not written and spill.read()[0]:
+    for spill in () if written else spills:
+        if not spill.read()[0]:
+            continue
         raise UserError(
             f"{database} is missing, but {spill.path} holds entries that belong to it. Restore a "
             "backup (db restore FILE), or move that file away to start with an empty ledger"
@@ -141,6 +161,8 @@ async def migrate(writer: Writer, database: Path, serving: Serving | None) -> Mi
     due = {number: script for number, script in sorted(sections.items()) if number > version}
     if not due:
         return None
+    if serving and serving.joined:
+        raise SchemaChanges(version, max(due))
     started, backup, no_backup = time.monotonic(), "", ""
     if version:
         backup, no_backup = await back_up_once(database, max(due), serving)

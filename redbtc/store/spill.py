@@ -52,8 +52,10 @@ def change_of(line: bytes) -> OwedChange | None:
 class Spill:
     """The spill file of a database. It is open from `reserve` to `close`."""
 
-    def __init__(self, database: Path) -> None:
-        self.path = Path(f"{database}.owed")
+    def __init__(self, database: Path, process: str = "") -> None:
+        """`process` is the id of a process that another one has taken over from: it has a file of
+        its own."""
+        self.path = Path(f"{database}.owed-{process}" if process else f"{database}.owed")
         self.refused = Path(f"{database}.owed.refused")
         self._file: int | None = None
         self._content = b""  # as it is on the disk
@@ -144,6 +146,13 @@ class Spill:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def use(self, other: Spill) -> None:
+        """Use the path of another one from now on. This one must hold no change; its file is kept.
+        Raises OSError."""
+        self.close()
+        self.path = other.path
+        self.reserve()
+
     def remove(self) -> None:
         """Close the file, and remove it if it was open and holds no change."""
         empty = self._file is not None and not self._content
@@ -156,3 +165,10 @@ class Spill:
         if self._file is not None:
             os.close(self._file)
         self._file = None
+
+
+def left_spills(database: Path) -> list[Spill]:
+    """Return the spill files of processes that another one had taken over from, and that did not
+    end cleanly."""
+    found = sorted(database.parent.glob(f"{database.name}.owed-*"))
+    return [Spill(database, each.name.rpartition("-")[2]) for each in found]

@@ -3,7 +3,9 @@ were in flight."""
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Collection
 
 from redbtc.store.commits import Commits
 from redbtc.store.entries import EntryKind
@@ -35,6 +37,7 @@ CLEAR_UNSETTLED = "DELETE FROM unsettled"
 INTERRUPT = """
     UPDATE requests SET outcome = 'interrupted', month = ?
      WHERE outcome = 'pending' AND request_id NOT IN (SELECT request_id FROM background)"""
+THESE = "request_id IN (SELECT value FROM json_each(?))"
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
@@ -91,4 +94,15 @@ def interruption(now: int) -> list[SQLStatement]:
         (KEEP_ESTIMATES, ()),
         (CLEAR_UNSETTLED, ()),
         (INTERRUPT, (month_of(now),)),
+    ]
+
+
+def interruption_of(request_ids: Collection[str], now: int) -> list[SQLStatement]:
+    """Return the statements that do what those of `interruption` do, for these requests alone."""
+    ids = json.dumps(sorted(request_ids))
+    return [
+        (f"{TAKE_OVER} AND requests.{THESE}", (ids,)),
+        (f"{KEEP_ESTIMATES} AND {THESE}", (ids,)),
+        (f"{CLEAR_UNSETTLED} WHERE {THESE}", (ids,)),
+        (f"{INTERRUPT} AND {THESE}", (month_of(now), ids)),
     ]

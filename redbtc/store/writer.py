@@ -14,6 +14,7 @@ import aiosqlite
 
 from redbtc.store.files import OpenFiles
 from redbtc.store.remnants import zero_gaps
+from redbtc.store.turns import Turns
 
 SQLStatement = tuple[str, Sequence[Any]]  # SQL and its values
 
@@ -40,6 +41,7 @@ class Writer(DatabaseConnection):
         """`synchronous` is the setting for transactions that must survive a power loss."""
         super().__init__(lambda: sqlite3.connect(database, isolation_level=None), 64)
         self.files: OpenFiles | None = None  # checked before each transaction
+        self.turns: Turns | None = None  # while another process writes as well
         self._durable = synchronous
         self._synchronous = ""  # the present setting
 
@@ -58,6 +60,8 @@ class Writer(DatabaseConnection):
         if synchronous != self._synchronous:
             database.execute(f"PRAGMA synchronous = {synchronous}")
             self._synchronous = synchronous
+        if turns := self.turns:
+            turns.take()
         try:
             if len(statements) > 1:
                 database.execute("BEGIN IMMEDIATE")
@@ -67,6 +71,9 @@ class Writer(DatabaseConnection):
             with contextlib.suppress(sqlite3.Error):
                 database.rollback()
             raise
+        finally:
+            if turns:
+                turns.give_back()
         return changed
 
     async def write_step(self, statements: Sequence[SQLStatement]) -> float:
@@ -98,20 +105,26 @@ class Writer(DatabaseConnection):
         database = self._conn
         (timeout_ms,) = database.execute("PRAGMA busy_timeout").fetchone()
         database.execute("PRAGMA busy_timeout = 0")  # commits must not wait for a reader
+        if turns := self.turns:
+            turns.take()
         try:
             ((is_busy, _, _),) = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
+            if turns:
+                turns.give_back()
             database.execute(f"PRAGMA busy_timeout = {timeout_ms}")
         return not is_busy
 
     async def zero_gaps(self, file: int, pages: Sequence[int]) -> bool:
         """Empty the WAL, then overwrite the gaps of these pages as remnants.zero_gaps does. Return
-        False, and do nothing, if a reader still needs the WAL. Raises sqlite3.Error, FileChanged,
-        OSError."""
+        False, and do nothing, if a reader still needs the WAL, or while another process writes as
+        well. Raises sqlite3.Error, FileChanged, OSError."""
         done: bool = await self._execute(self._zero_gaps, file, pages)  # type: ignore[no-untyped-call]
         return done
 
     def _zero_gaps(self, file: int, pages: Sequence[int]) -> bool:
+        if self.turns:  # that process has the same pages in memory, and could write them again
+            return False
         if not self._empty_wal():
             return False
         database = self._conn

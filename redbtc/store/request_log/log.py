@@ -27,12 +27,14 @@ from redbtc.store.request_log.recording import PartQueue, Recording
 from redbtc.store.request_log.results import LoggedCount, LoggedRequest, Purged
 from redbtc.store.request_log.worker import Worker
 from redbtc.store.schema import REQUEST_LOG
+from redbtc.store.turns import REQUEST_LOG_DATABASE, Turns
 from redbtc.times import DAY, now_ms
 
 T = TypeVar("T")
 
 MAX_WAITING_BYTES = 32 << 20  # of parts that are not written yet, unless a body can be larger
 LOG_CLOSE_SECONDS = 3.0
+CLOSED_SECONDS = 0.005  # between two looks whether the file is closed
 
 
 class RequestLog:
@@ -100,6 +102,19 @@ class RequestLog:
         self._recordings.add(recording)
         self._start()
         return recording
+
+    async def share(self, turns: int) -> None:
+        """From now on, wait for a turn before each use of the file: another process uses it as
+        well. Return once it is not open here. `turns` is a file of new_turns."""
+        self._worker.turns = Turns(turns, REQUEST_LOG_DATABASE)
+        while not self._worker.is_closed and self._worker.thread.is_alive():
+            self._queue.filled.set()
+            self._queue.urgent.set()
+            await asyncio.sleep(CLOSED_SECONDS)
+
+    def write_alone(self) -> None:
+        """From now on, no other process uses the file."""
+        self._worker.turns = None
 
     def _start(self) -> None:
         if self._worker.thread.ident is None:

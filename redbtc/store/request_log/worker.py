@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -19,6 +20,7 @@ from redbtc.store.request_log.jobs import Job
 from redbtc.store.request_log.recording import Part, PartQueue, Recording
 from redbtc.store.request_log.states import RequestState
 from redbtc.store.request_log.withholding import Secrets
+from redbtc.store.turns import Turns
 
 GROUP_SECONDS = 0.05  # parts that come within this time are taken out together
 REOPEN_SECONDS = 1.0
@@ -38,6 +40,7 @@ class Worker:
         self.withheld = 0  # requests of which a body was withheld
         self.dropped = 0  # requests of which parts could not be written
         self.file_bytes = 0
+        self.turns: Turns | None = None  # while another process writes the log as well
         self.thread = threading.Thread(target=self._run, name="request log", daemon=True)
         self._path = path
         self._queue = queue
@@ -58,14 +61,36 @@ class Worker:
     def _run(self) -> None:
         while not self._queue.is_closed:
             self._wait()
-            self._turn()
+            with self._having_turn():
+                self._turn()
         self._take_out()
         for state in self._states.values():
             state.end()
-        self._turn()
+        with self._having_turn():
+            self._turn()
         for job in self._jobs:
             job.fail(StorageUnavailable("the request log was closed meanwhile; try again"))
         self._close_file()
+
+    @contextlib.contextmanager
+    def _having_turn(self) -> Iterator[None]:
+        """While another process writes the log as well, wait for a turn, and close the file at its
+        end: only one process can have it open."""
+        turns = self.turns
+        if turns is None:
+            yield
+            return
+        turns.take()
+        try:
+            yield
+        finally:
+            self._close_file()
+            turns.give_back()
+
+    @property
+    def is_closed(self) -> bool:
+        """Return whether the file is not open."""
+        return self._file is None
 
     def _wait(self) -> None:
         queue = self._queue

@@ -1,0 +1,120 @@
+"""The channel between a gateway and its successor: a Unix socket that carries messages, and open
+files with them (SCM_RIGHTS).
+
+A frame is a head (the length of the message in bytes, and the number of files that come with it)
+and the message as MessagePack.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from redbtc.handover.messages import Message
+
+HEAD = struct.Struct("!IH")
+MAX_FILES = 200  # in one message; Linux takes 253
+READ_BYTES = 256 << 10
+
+
+class ChannelClosed(Exception):
+    """The other process has closed the channel, or has ended."""
+
+
+class Channel:
+    """One end of the channel. One task may receive; several may send."""
+
+    def __init__(self, end: socket.socket, unread: bytes = b"") -> None:
+        """`unread`: bytes that were received from `end` before, without files."""
+        self.socket = end
+        self._loop = asyncio.get_running_loop()
+        self._received = bytearray(unread)
+        self._files: deque[int] = deque()
+        self._sending = asyncio.Lock()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Message)
+        end.setblocking(False)
+
+    async def send(self, message: Message, files: Sequence[int] = ()) -> None:
+        """Send a message with at most MAX_FILES open files, which stay open here. Raises
+        ChannelClosed."""
+        content = self._encoder.encode(message)
+        data = memoryview(HEAD.pack(len(content), len(files)) + content)
+        async with self._sending:
+            try:
+                while files:
+                    await self._until_ready(self._loop.add_writer, self._loop.remove_writer)
+                    with contextlib.suppress(BlockingIOError):
+                        data = data[socket.send_fds(self.socket, [data], files) :]
+                        files = ()
+                if data:
+                    await self._loop.sock_sendall(self.socket, data)
+            except OSError:
+                raise ChannelClosed from None
+
+    async def receive(self) -> tuple[Any, list[int]]:
+        """Return the next message and the files that came with it, for the caller to close. Raises
+        ChannelClosed."""
+        while (found := self._take()) is None:
+            await self._until_ready(self._loop.add_reader, self._loop.remove_reader)
+            self._read()
+        return found
+
+    def _take(self) -> tuple[Any, list[int]] | None:
+        """Return the message that has arrived, None if it is not whole."""
+        if len(self._received) < HEAD.size:
+            return None
+        size, count = HEAD.unpack_from(self._received)
+        end = HEAD.size + size
+        if len(self._received) < end:
+            return None
+        message = self._decoder.decode(memoryview(self._received)[HEAD.size : end])
+        del self._received[:end]
+        return message, [self._files.popleft() for _ in range(count)]
+
+    def _read(self) -> None:
+        try:
+            size = MAX_FILES * array.array("i").itemsize
+            data, ancillary, _, _ = self.socket.recvmsg(
+                READ_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError:
+            raise ChannelClosed from None
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                files = array.array("i")
+                files.frombytes(content[: len(content) - len(content) % files.itemsize])
+                self._files.extend(files)
+        if not data:
+            raise ChannelClosed
+        self._received += data
+
+    async def _until_ready(self, add: Any, remove: Any) -> None:
+        ready = asyncio.Event()
+        add(self.socket, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            remove(self.socket)
+
+    @property
+    def unread(self) -> bytes:
+        """The bytes that were received and are not part of a whole message yet."""
+        return bytes(self._received)
+
+    def close(self) -> None:
+        """Close this end, and the files that came with messages that nobody has received."""
+        while self._files:
+            os.close(self._files.popleft())
+        self.socket.close()

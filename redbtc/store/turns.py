@@ -1,0 +1,41 @@
+"""Turns to write, for as long as two processes have the ledger open: while one gateway takes over
+from another, both write what their requests have used. SQLite before 3.51.3 can lose committed rows
+when two connections write or copy the WAL at the same instant (sqlite.org/wal.html, "The WAL-reset
+bug"), and waits for a lock by polling. So each transaction waits for its turn before it begins.
+
+A turn is a POSIX lock on a byte of a file that has no name, and of which the processes inherit a
+descriptor. These locks belong to a process, and end with it, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from typing import Literal
+
+Database = Literal[0, 1]  # the byte of the file
+LEDGER: Database = 0
+REQUEST_LOG_DATABASE: Database = 1
+
+
+def new_turns(folder: str) -> int:
+    """Return a file for turns, open and without a name. Raises OSError."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.dup(file.fileno())
+
+
+class Turns:
+    """The turns of one database of this process. One thread uses them."""
+
+    def __init__(self, file: int, database: Database) -> None:
+        self._file = file
+        self._database = database
+
+    def take(self) -> None:
+        """Wait for a turn. Raises OSError."""
+        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self._database)
+
+    def give_back(self) -> None:
+        """End the turn. Raises OSError."""
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._database)
