@@ -55,7 +55,7 @@ class Billing:
         self.notices = Notices(store, settings, self.messages)
         self.documents = Documents(store)
         self.acceptances = Acceptances(store, self.documents)
-        self._totals = RunningTotals(store)
+        self.totals = RunningTotals(store)
 
     @classmethod
     async def open(cls, store: Store, settings: BillingSettings) -> Billing:
@@ -68,10 +68,15 @@ class Billing:
                     f"billing.currency is {billing.currency}, but the ledger is in {currency}; "
                     "change it back"
                 )
-        billing.prices = PriceTable([Price(**dict(row)) async for row in store.rows(PRICES)])
-        await billing.notices.read_maintenances()
-        await billing.documents.read()
+        await billing.read()
         return billing
+
+    async def read(self) -> None:
+        """Read the prices, the maintenances and the documents from the ledger. Raises
+        sqlite3.Error."""
+        self.prices = PriceTable([Price(**dict(row)) async for row in self.store.rows(PRICES)])
+        await self.notices.read_maintenances()
+        await self.documents.read()
 
     def apply(self, settings: BillingSettings) -> None:
         """Use other settings, of the same currency, from the next request on."""
@@ -107,7 +112,7 @@ class Billing:
     async def spending(self, account_id: str, budget_id: str | None = None) -> Spending:
         """Return what an account, or one of its keys, has paid and spent. Raises
         StorageUnavailable."""
-        spending = await self._totals.of(account_id, budget_id)
+        spending = await self.totals.of(account_id, budget_id)
         spending.begin_month(self.month())
         return spending
 
@@ -115,7 +120,7 @@ class Billing:
         """Go back to the time `at`: costs that are dated later count as spent in its month, and
         prices that took effect later take effect at it. All that was settled in the months between
         must be committed, and `changing_prices` must be held. Raises StorageUnavailable."""
-        self._totals.set_back(at)
+        self.totals.set_back(at)
         self.prices = PriceTable([price.set_back(at) for price in self.prices.prices])
         self.store.clock.set_back(at)
 
@@ -127,8 +132,8 @@ class Billing:
     async def spending_of(self, key: Key) -> SpendingOf:
         """Return what the account of a key and the key itself have spent. Raises
         StorageUnavailable."""
-        account = await self._totals.of(key.account_id, None)
-        return account, await self._totals.of(key.account_id, key.budget_id)
+        account = await self.totals.of(key.account_id, None)
+        return account, await self.totals.of(key.account_id, key.budget_id)
 
     def quote(self, key: Key, model: str, spending: SpendingOf) -> Quote:
         """Return the prices that are in force now for a request, and what limits its spending."""
@@ -228,7 +233,7 @@ class Billing:
                 ) from None
             return known
         finally:
-            spending.paid = self._totals.paid(account.id)
+            spending.paid = self.totals.paid(account.id)
         added = await self.store.one(PAYMENT_BY_ID, (payment,))
         assert added is not None, "payments are never deleted"
         return Payment.of(added)

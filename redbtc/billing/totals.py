@@ -7,6 +7,7 @@ date in memory: a cost counts as spent before it is committed.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 
 from redbtc.billing.spending import Spending
 from redbtc.errors import StorageUnavailable
@@ -64,6 +65,37 @@ class RunningTotals:
             if month <= self._month():  # else the time was set back during the query
                 self._totals.setdefault(name, totals)
         return self._totals[name]
+
+    # What another process tells, from which this one takes over
+
+    def known(self) -> Iterator[tuple[tuple[str, str], Spending]]:
+        """Return the totals that are in memory, by account and budget ("" for the account
+        itself)."""
+        for (account_id, budget_id), totals in self._totals.items():
+            yield (account_id, budget_id or ""), totals
+
+    def begin(self, payer: tuple[str, str], month: str, cost: int, spent: int) -> Spending:
+        """Begin with totals that another process has kept. Return them."""
+        account_id, budget_id = payer
+        totals = self._totals[account_id, budget_id or None] = Spending(month, cost, spent)
+        return totals
+
+    def spend(self, payer: tuple[str, str], cost: int) -> None:
+        """Add what another process's request has cost, in nanos, if the totals are in memory."""
+        if totals := self._totals.get((payer[0], payer[1] or None)):
+            totals.begin_month(self._month())
+            totals.cost += cost
+            totals.spent += cost
+
+    def hold(self, payer: tuple[str, str], by: int) -> None:
+        """Change what another process holds, by so many nanos."""
+        self._totals[payer[0], payer[1] or None].held += by
+
+    def read_payments(self) -> None:
+        """Read what accounts have paid anew. Raises StorageUnavailable."""
+        for (account_id, budget_id), totals in self._totals.items():
+            if not budget_id:
+                totals.paid = self.paid(account_id)
 
     def paid(self, account_id: str) -> int:
         """Read from the ledger what an account has paid, in nanos."""

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from redbtc.billing.billing import Billing
@@ -34,6 +34,7 @@ from redbtc.store.background import (
     unfinished_rows,
 )
 from redbtc.store.containers import Containers
+from redbtc.store.keys import Key
 from redbtc.store.objects import Objects
 from redbtc.store.speeds import Speeds
 from redbtc.telemetry import Telemetry, log, shown_error
@@ -73,15 +74,19 @@ class UnfinishedCount:
         """Return the number of the account's unfinished background responses."""
         return self._counts[account_id]
 
-    def resume(self, account_id: str) -> None:
-        """Count a response that an earlier process has left, whatever the maximum is."""
-        self._counts[account_id] += 1
+    def by_account(self) -> dict[str, int]:
+        """Return the number of each account that has any."""
+        return dict(self._counts)
+
+    def change(self, account_id: str, by: int) -> None:
+        """Count more or fewer of an account, whatever the maximum is."""
+        self._counts[account_id] += by
+        if not self._counts[account_id]:
+            del self._counts[account_id]
 
     def remove(self, account_id: str) -> None:
         """Stop counting a background response that has ended or was not created."""
-        self._counts[account_id] -= 1
-        if not self._counts[account_id]:
-            del self._counts[account_id]
+        self.change(account_id, -1)
 
 
 class BackgroundResponses:
@@ -112,17 +117,31 @@ class BackgroundResponses:
         self._asking = asyncio.Semaphore(MAX_ASKING)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._on_task_end = on_task_end
+        self._leaves = False  # another process asks for what outlives its request
+        self._left: list[str] = []
 
-    async def resume(self) -> None:
-        """Take up what an earlier process left."""
-        for row, key, unfinished in await unfinished_rows(self._store):
+    async def resume(self, except_for: Collection[str] = ()) -> None:
+        """Take up what an earlier process left, but not the responses with these ids. Raises
+        StorageUnavailable, sqlite3.Error."""
+        rows = await unfinished_rows(self._store)
+        await self._take_up([each for each in rows if each[0].response_id not in except_for])
+
+    async def take_up(self, response_ids: Collection[str]) -> None:
+        """Take up these responses, which another process leaves to this one. Raises
+        StorageUnavailable, sqlite3.Error."""
+        if response_ids:
+            rows = await unfinished_rows(self._store)
+            await self._take_up([each for each in rows if each[0].response_id in response_ids])
+
+    async def _take_up(self, rows: list[tuple[RequestRow, Key, UnfinishedRow]]) -> None:
+        for row, key, unfinished in rows:
             hold = await self._billing.hold_at(
                 key, row.requested_model, unfinished.admitted_at, unfinished.held
             )
             response = BackgroundResponse(row, hold, unfinished, None, self._store.time())
             if maximum := response.maximum:
                 hold.grow(self._objects, [row.response_id or ""], maximum.all_tokens)
-            self.unfinished.resume(row.account_id)
+            self.unfinished.change(row.account_id, 1)
             self._add(response)
             response.enter(Stage.ALONE)
             response.to_be_cancelled = must_stop(self._store, key.id)
@@ -149,8 +168,48 @@ class BackgroundResponses:
         response.note_status(report.status)
         if written := self._save_if_changed(response):
             await written
-        self._start(self._ask_until_ended(response))
+        if self._leaves:
+            self._leave_to_other(response)
+        else:
+            self._start(self._ask_until_ended(response))
         return False
+
+    # Another process takes over
+
+    async def leave_all(self) -> None:
+        """Leave the responses to another process, those whose requests are in flight when these are
+        over. Return once all that have ended are written."""
+        self._leaves = True
+        settling = [each.settling for each in self._responses.values() if each.settling]
+        asking = self._tasks.difference(settling)
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, *settling, return_exceptions=True)
+        for response in list(self._responses.values()):
+            if response.stage is Stage.ALONE:
+                self._leave_to_other(response)
+        self._left.clear()  # the other process finds these in the ledger
+
+    def _leave_to_other(self, response: BackgroundResponse) -> None:
+        response.hold.release()
+        self._remove(response)
+        self._left.append(response.row.response_id or "")
+
+    async def keep_all(self) -> None:
+        """Undo `leave_all`: no other process has taken over. Raises StorageUnavailable,
+        sqlite3.Error."""
+        self._leaves = False
+        await self.resume(self.followed())
+
+    def followed(self) -> set[str]:
+        """Return the ids of the responses whose requests are in flight."""
+        return set(self._responses)
+
+    def take_left(self) -> list[str]:
+        """Return the ids of the responses that were left to the other process since the last
+        call."""
+        left, self._left = self._left, []
+        return left
 
     def add_reader(self, response_id: str, report: Report) -> None:
         """Count what this report meters as sent to a reader."""

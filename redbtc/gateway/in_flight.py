@@ -5,11 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Protocol
 
 from redbtc.deadlines import MAX_EXPIRED
 from redbtc.gateway.progress import Running
 from redbtc.store.keys import Key
+
+
+class Elsewhere(Protocol):
+    """What is in flight in another process that this one has taken over from."""
+
+    keys: dict[str, int]  # how much can be aborted, by key
+
+    def abort(self, keys: Collection[str], owner_id: str) -> None:
+        """Abort what is in flight for these keys, and the background responses of a key or an
+        account."""
 
 
 class InFlight:
@@ -18,6 +29,7 @@ class InFlight:
     def __init__(self) -> None:
         self.count = 0
         self.with_row: set[Running] = set()  # requests that have a row in the ledger
+        self.elsewhere: list[Elsewhere] = []
         self._aborts: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)  # by key
 
     @contextlib.contextmanager
@@ -41,9 +53,25 @@ class InFlight:
         if not of_key:
             del self._aborts[key.id]
 
-    def has_any(self, key_ids: Iterable[str]) -> bool:
-        """Return whether anything is in flight for one of these keys."""
-        return any(key_id in self._aborts for key_id in key_ids)
+    def has_any(self, key_ids: Collection[str]) -> bool:
+        """Return whether anything is in flight for one of these keys, in other processes as
+        well."""
+        if any(key_id in self._aborts for key_id in key_ids):
+            return True
+        return any(key_id in each.keys for each in self.elsewhere for key_id in key_ids)
+
+    def by_key(self) -> dict[str, int]:
+        """Return how much can be aborted for each key, in this process."""
+        return {key_id: len(aborts) for key_id, aborts in self._aborts.items()}
+
+    def abort_elsewhere(self, key_ids: Collection[str], owner_id: str) -> int:
+        """Let other processes abort what is in flight in them, as Elsewhere.abort says. Return how
+        much that is."""
+        number = 0
+        for each in self.elsewhere:
+            number += sum(each.keys.get(key_id, 0) for key_id in key_ids)
+            each.abort(key_ids, owner_id)
+        return number
 
     def abort_key(self, key_id: str) -> int:
         """Abort what is in flight for a key. Return how much that was."""

@@ -17,6 +17,7 @@ from typing import Protocol
 from redbtc.slices import with_turns
 from redbtc.store.database import Store
 from redbtc.telemetry import log
+from redbtc.usage import RequestRow
 
 SAVE_SECONDS, SAVE_GROWTH = 1.0, 4
 # At most this number or this share of the running requests is saved in a second, whichever is
@@ -26,6 +27,8 @@ MAX_SAVED, MAX_SAVED_SHARE = 20, 0.05
 
 class Running(Protocol):
     """A request in flight."""
+
+    row: RequestRow
 
     def growth_since_saved(self, now: float) -> float:
         """Return how long the request has worked, divided by how long it had worked when it was

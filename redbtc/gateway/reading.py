@@ -90,7 +90,9 @@ async def read_body(
         begun = bool(body)
         try:
             with deadline.running(seconds):
-                body, whole = await _read_up_to(room, reserved, receive, max_bytes, form is not None)
+                body, whole = await _read_up_to(
+                    room, reserved, receive, max_bytes, form is not None
+                )
         except TimeoutError:
             if deadline.client_left:
                 raise ClientLeft from None

@@ -57,8 +57,10 @@ class GatewayView:
 
     def abort_key(self, key_id: str) -> int:
         """Abort all that runs for a key, at the upstreams as well. Return how much that was."""
-        in_background = self._gateway.background.cancel(key_id)
-        return self._gateway.in_flight.abort_key(key_id) + in_background
+        gateway = self._gateway
+        in_background = gateway.background.cancel(key_id)
+        elsewhere = gateway.in_flight.abort_elsewhere([key_id], key_id)
+        return gateway.in_flight.abort_key(key_id) + in_background + elsewhere
 
     async def abort_account(self, account_id: str) -> int:
         """Abort all that runs for an account, whose keys are revoked, at the upstreams as well.
@@ -66,7 +68,8 @@ class GatewayView:
         gateway = self._gateway
         in_background = gateway.background.cancel(account_id)
         keys = await key_ids(gateway.store, account_id)
-        return await gateway.in_flight.abort_keys(keys) + in_background
+        elsewhere = gateway.in_flight.abort_elsewhere(keys, account_id)
+        return await gateway.in_flight.abort_keys(keys) + in_background + elsewhere
 
     async def end_account(self, account_id: str) -> bool:
         """Abort all that runs for an account, and wait until it has ended, up to END_SECONDS.

@@ -155,15 +155,5 @@ class End(msgspec.Struct, tag=True):
 
 
 Message = (
-    Offer
-    | Ready
-    | NeedsRestart
-    | Failed
-    | State
-    | Serving
-    | Moved
-    | Report
-    | Gone
-    | Abort
-    | End
+    Offer | Ready | NeedsRestart | Failed | State | Serving | Moved | Report | Gone | Abort | End
 )

@@ -15,6 +15,7 @@ class Bucket:
 
     def __init__(self) -> None:
         self.limit = 0
+        self.drawn = 0.0  # what was charged so far, less what was put back
         self._level = 0.0
         self._at = 0.0
 
@@ -34,7 +35,17 @@ class Bucket:
 
     def charge(self, amount: float) -> None:
         """Take `amount` out, or put it back if it is negative."""
+        self.drawn += amount
         self._level = min(self.limit, self._level - amount)
+
+    def level(self, now: float) -> float:
+        """Return what the bucket holds at `now` (monotonic seconds)."""
+        self.fill(self.limit, now)
+        return self._level
+
+    def restore(self, limit: int, level: float, now: float) -> None:
+        """Go on from what another process's bucket of this limit held at `now`."""
+        self.limit, self._level, self._at = limit, level, now
 
     @property
     def remaining(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Protocol
 
 from redbtc.config import AccountLimitSettings, LimitSettings
@@ -15,6 +15,7 @@ from redbtc.store.keys import Key
 
 # An account's own limits of concurrency, requests and tokens; None: the default from config.toml.
 OwnLimits = tuple[int | None, int | None, int | None]
+ACCOUNT, KEY = "account", "key"  # in the names of counters
 MAX_WAITING_REQUESTS = 1000  # of an account's requests, for places or for memory
 
 
@@ -78,6 +79,21 @@ class Limiter:
             admission.undo(error)
             raise
 
+    def counters(self) -> Iterator[tuple[str, LimitCounters]]:
+        """Return all counters, with the names by which `counters_named` finds them."""
+        yield "", self._all
+        for account_id, counters in self._accounts.items():
+            yield f"{ACCOUNT} {account_id}", counters
+        for key_id, counters in self._keys.items():
+            yield f"{KEY} {key_id}", counters
+
+    def counters_named(self, name: str) -> LimitCounters:
+        """Return the counters of a name. They are made if there are none."""
+        kind, _, owner = name.partition(" ")
+        if kind == ACCOUNT:
+            return self._account(owner)
+        return self._key(owner) if kind == KEY else self._all
+
     def small_frames(self, key: Key) -> Bucket:
         """Return the rate of small WebSocket frames of the key's account."""
         return self._account(key.account_id).small_frames
@@ -89,9 +105,7 @@ class Limiter:
     def _applied_limits(
         self, key: Key, limits: LimitSettings
     ) -> tuple[AppliedLimits, AppliedLimits, AppliedLimits]:
-        of_key = self._keys.get(key.id)
-        if of_key is None:
-            of_key = self._keys[key.id] = LimitCounters("this key")
+        of_key = self._keys.get(key.id) or self._key(key.id)
         own = (
             key.account_concurrency,
             key.account_requests_per_minute,
@@ -124,6 +138,9 @@ class Limiter:
         if factor is not None:
             limits = [limit and max(1, limit * factor // 1000) for limit in limits]
         return AppliedLimits(self._account(account_id), *limits)
+
+    def _key(self, key_id: str) -> LimitCounters:
+        return self._keys.setdefault(key_id, LimitCounters("this key"))
 
     def _account(self, account_id: str) -> LimitCounters:
         counters = self._accounts.get(account_id)

@@ -44,6 +44,11 @@ class Places:
         self.taken -= amount
         self._let_in()
 
+    def change(self, by: int) -> None:
+        """Take more places, free or not, or free some: another process has done that, whose
+        requests count here."""
+        self.give_back(-by)
+
     def _let_in(self) -> None:
         while self._queue:
             turn, amount = next(iter(self._queue.items()))

@@ -92,6 +92,7 @@ class Store:
         self.look_up, self.look_up_all = readers.look_up, readers.look_up_all
         self.rows, self.one = readers.rows, readers.one
         self.snapshot, self.snapshot_to_check = readers.snapshot, readers.snapshot_to_check
+        self.changes = 0  # administrative ones, that were tried
         self.locks: tuple[int, int]  # the open files of the lock and the database
         self._spill: Spill
         self._writer = writer
@@ -278,6 +279,7 @@ class Store:
         StorageUnavailable if the commit fails or takes longer than `seconds` (None:
         TRANSACT_SECONDS); then it may still succeed later."""
         if by is not None:
+            self.changes += 1
             statements = ((SIGN, (by, self.time())), *statements, (UNSIGN, ()))
         changed = await self._committed(self._writer.write(statements), seconds or TRANSACT_SECONDS)
         return changed[-1 if by is None else -2]

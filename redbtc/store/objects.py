@@ -180,6 +180,10 @@ class Objects:
             if not self._growing[each]:
                 del self._growing[each]
 
+    def growing(self) -> dict[str, int]:
+        """Return what `growth_of` does for each object for which it is not 0."""
+        return dict(self._growing)
+
     def growth_of(self, object_id: str) -> int:
         """Return how many tokens requests that have not ended can add to an object."""
         return self._growing[object_id]

@@ -6,6 +6,7 @@ both, so that writing it again after a commit of unknown fate changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import orjson
@@ -22,6 +23,12 @@ RECORD_PROGRESS = """
     INSERT OR REPLACE INTO unsettled (request_id, settled, admitted_at, image_model, held)
     VALUES (?, ?, ?, ?, ?)"""
 DROP_PROGRESS = "DELETE FROM unsettled WHERE request_id = ?"
+
+
+COSTS_OF = """
+    SELECT account_id, ifnull(keys.budget_id, keys.id), cost
+      FROM requests JOIN keys ON keys.id = key_id
+     WHERE request_id IN (SELECT value FROM json_each(?)) AND outcome <> 'pending' AND cost > 0"""
 
 
 async def begin_row(store: Store, row: RequestRow) -> None:
@@ -70,3 +77,13 @@ def drop_progress(store: Store, row: RequestRow) -> None:
 async def forget_row(store: Store, row: RequestRow) -> None:
     """Remove a pending row whose request did not leave for the upstream after all."""
     await store.record(FORGET, (row.request_id,), retry_until_written=True)
+
+
+async def costs_of(store: Store, request_ids: Iterable[str]) -> list[tuple[tuple[str, str], int]]:
+    """Return what each of these requests that are settled has cost, in nanos, once for its account
+    and once for its key's budget. Raises StorageUnavailable, sqlite3.Error."""
+    ids = orjson.dumps(sorted(request_ids)).decode()
+    found = []
+    async for account_id, budget_id, cost in store.rows(COSTS_OF, (ids,)):
+        found += [((account_id, ""), cost), ((account_id, budget_id), cost)]
+    return found

@@ -18,7 +18,7 @@ import hashlib
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from redbtc.refusals import Refusal
@@ -35,7 +35,7 @@ class Member(Protocol):
     name: str
     health: MemberHealth
     in_flight: int  # requests that it has places for, under the settings that it has
-    max_concurrency: int  # how many may be in flight; 0: any number
+    max_concurrency: int  # how many may be in flight; 0: any number, negative: none
 
     @property
     def priority(self) -> int:
@@ -55,7 +55,7 @@ AnyMember = TypeVar("AnyMember", bound=Member)
 
 def is_full(member: Member) -> bool:
     """Return whether a member has as many requests in flight as it may have."""
-    return 0 < member.max_concurrency <= member.health.in_flight
+    return bool(member.max_concurrency) and member.max_concurrency <= member.health.in_flight
 
 
 def session_hash(account_id: str, name: str) -> bytes:
@@ -95,6 +95,14 @@ class MovedSessions:
         """Return the name of the member that served the session last, None if that was its first
         choice, as far as is known."""
         return self._moved.get(session)
+
+    def known(self) -> dict[bytes, str]:
+        """Return the sessions, the oldest first."""
+        return dict(self._moved)
+
+    def add(self, moved: Mapping[bytes, str]) -> None:
+        """Add sessions that another process knew."""
+        self._moved.update(moved)
 
     def note(self, session: bytes, first_choice: str, served_by: str) -> None:
         """Note which member has served a session."""

@@ -28,7 +28,7 @@ class Upstreams:
         can't be read."""
         self._on_change = on_change
         self._queue: PlaceQueue[Upstream] = PlaceQueue()
-        self._moved = MovedSessions()
+        self.moved = MovedSessions()
         self._names = HostNames()
         self._closing: set[asyncio.Task[None]] = set()
         self._upstreams = [self._new(member) for table in settings for member in table.members]
@@ -104,6 +104,22 @@ class Upstreams:
             if upstream.name == name:
                 upstream.health.restore(model, seconds, reason)
 
+    def change_in_flight(self, name: str, by: int) -> None:
+        """Count `by` requests more in flight at a member, or fewer: those of another process that
+        this one has taken over from."""
+        for upstream in self._upstreams:
+            if upstream.name == name:
+                upstream.health.in_flight += by
+                if by < 0:
+                    self._queue.let_in(upstream)
+
+    def take_no_more(self) -> None:
+        """Let requests take only the places that are taken already, where their number is limited:
+        another process takes the others from now on."""
+        for upstream in self._upstreams:
+            if upstream.max_concurrency:
+                upstream.max_concurrency = upstream.health.in_flight or -1
+
     def named(self, name: str) -> Upstream | None:
         """Return the member of that name. If the settings have none, return another member of the
         same upstream, a usable one if there is one: a key may have been removed, or several have
@@ -145,7 +161,7 @@ class Upstreams:
             return Candidates(usable, model, self._queue)
         order = ranked(usable, session)
         return Candidates(
-            order, model, self._queue, session=session, moved=self._moved, replays=replays
+            order, model, self._queue, session=session, moved=self.moved, replays=replays
         )
 
     def are_clients(self, model: str) -> bool:

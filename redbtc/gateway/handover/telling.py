@@ -1,0 +1,131 @@
+"""Take the state from the process that is taken over from, and report its changes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Hashable
+from typing import TypeVar
+
+from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.handover.state import (
+    BucketState,
+    CounterState,
+    EarlierState,
+    InFlightState,
+    Payer,
+    Report,
+    SpendingState,
+    State,
+)
+from redbtc.limits.buckets import Bucket
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def state_of(gateway: Gateway, earlier: list[EarlierState]) -> State:
+    """Return the state of a gateway that admits no more requests."""
+    now, billing = time.monotonic(), gateway.billing
+    return State(
+        clock=gateway.store.clock.state,
+        counters={
+            name: CounterState(
+                bucket_state(each.requests, now),
+                bucket_state(each.tokens, now),
+                bucket_state(each.small_frames, now),
+            )
+            for name, each in gateway.limiter.counters()
+        },
+        spendings={
+            payer: SpendingState(
+                each.paid, each.cost, each.spent, each.month, each.notified_percent
+            )
+            for payer, each in billing.totals.known()
+        },
+        in_flight=in_flight_state(gateway),
+        moved_sessions=gateway.upstreams.moved.known(),
+        earlier=earlier,
+    )
+
+
+def bucket_state(bucket: Bucket, now: float) -> BucketState:
+    """Return the state of a bucket at `now` (monotonic seconds)."""
+    return BucketState(bucket.limit, bucket.level(now))
+
+
+def in_flight_state(gateway: Gateway) -> InFlightState:
+    """Return what is in flight in this process."""
+    counters, totals = gateway.limiter.counters(), gateway.billing.totals.known()
+    members = [each for each in gateway.upstreams if each.health.in_flight]
+    return InFlightState(
+        pid=os.getpid(),
+        places={name: each.places.taken for name, each in counters if each.places.taken},
+        upstreams={each.name: each.health.in_flight for each in members},
+        held={payer: each.held for payer, each in totals if each.held},
+        growth=gateway.objects.growing(),
+        keys=gateway.in_flight.by_key(),
+        unfinished=gateway.background.unfinished.by_account(),
+        rows={each.row.request_id for each in gateway.in_flight.with_row},
+        billed={each.row.request_id for each in gateway.in_flight.with_row if each.row.month},
+        followed=gateway.background.followed(),
+    )
+
+
+class Reporter:
+    """Finds what has changed in a process since its state was taken. Requests in flight are not
+    slowed down: the amounts that they keep anyway are compared with those of the last report."""
+
+    def __init__(self, gateway: Gateway, told: InFlightState) -> None:
+        """`told` is the state that the other process was told."""
+        self._gateway = gateway
+        self._told = told
+        self._drawn = self._drawn_now()
+        self._cost = self._cost_now()
+        self._changes = gateway.store.changes
+
+    def report(self) -> Report | None:
+        """Return what has changed, None if nothing has."""
+        gateway, before, now = self._gateway, self._told, in_flight_state(self._gateway)
+        drawn, cost, changes = self._drawn_now(), self._cost_now(), gateway.store.changes
+        report = Report(
+            places=changed(before.places, now.places),
+            drawn=self._more_drawn(drawn),
+            upstreams=changed(before.upstreams, now.upstreams),
+            held=changed(before.held, now.held),
+            spent={
+                payer: more for payer, each in cost.items() if (more := each - self._cost[payer])
+            },
+            growth=changed(before.growth, now.growth),
+            keys=changed(before.keys, now.keys),
+            unfinished=changed(before.unfinished, now.unfinished),
+            begun=now.rows - before.rows,
+            ended=before.rows - now.rows,
+            billed=now.billed - before.billed,
+            followed=None if now.followed == before.followed else now.followed,
+            left=gateway.background.take_left(),
+            changed=changes != self._changes,
+        )
+        self._told, self._drawn, self._cost, self._changes = now, drawn, cost, changes
+        return None if report == Report() else report
+
+    def _drawn_now(self) -> dict[str, tuple[float, float]]:
+        return {
+            name: (each.requests.drawn, each.tokens.drawn)
+            for name, each in self._gateway.limiter.counters()
+        }
+
+    def _more_drawn(self, now: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        before, found = self._drawn, {}
+        for name, (requests, tokens) in now.items():
+            if (requests, tokens) != before[name]:
+                found[name] = requests - before[name][0], tokens - before[name][1]
+        return found
+
+    def _cost_now(self) -> dict[Payer, int]:
+        return {payer: each.cost for payer, each in self._gateway.billing.totals.known()}
+
+
+def changed(before: dict[Name, int], now: dict[Name, int]) -> dict[Name, int]:
+    """Return the present amounts that differ from those before; 0 for those that are gone."""
+    found = {name: amount for name, amount in now.items() if before.get(name) != amount}
+    return found | {name: 0 for name in before if name not in now}
