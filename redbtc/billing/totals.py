@@ -88,8 +88,9 @@ class RunningTotals:
             totals.spent += cost
 
     def hold(self, payer: tuple[str, str], by: int) -> None:
-        """Change what another process holds, by so many nanos."""
-        self._totals[payer[0], payer[1] or None].held += by
+        """Change what another process holds, by so many nanos, if the totals are in memory."""
+        if totals := self._totals.get((payer[0], payer[1] or None)):
+            totals.held += by
 
     def read_payments(self) -> None:
         """Read what accounts have paid anew. Raises StorageUnavailable."""

@@ -180,15 +180,18 @@ class BackgroundResponses:
         """Leave the responses to another process, those whose requests are in flight when these are
         over. Return once all that have ended are written."""
         self._leaves = True
-        settling = [each.settling for each in self._responses.values() if each.settling]
-        asking = self._tasks.difference(settling)
+        asking = self._tasks.difference(self._settling())
         for task in asking:
             task.cancel()
-        await asyncio.gather(*asking, *settling, return_exceptions=True)
+        await asyncio.gather(*asking, return_exceptions=True)
+        await asyncio.gather(*self._settling())
         for response in list(self._responses.values()):
             if response.stage is Stage.ALONE:
                 self._leave_to_other(response)
         self._left.clear()  # the other process finds these in the ledger
+
+    def _settling(self) -> set[asyncio.Task[None]]:
+        return {each.settling for each in self._responses.values() if each.settling}
 
     def _leave_to_other(self, response: BackgroundResponse) -> None:
         response.hold.release()

@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -33,12 +33,12 @@ class ChannelClosed(Exception):
 class Channel:
     """One end of the channel. One task may receive; several may send."""
 
-    def __init__(self, end: socket.socket, unread: bytes = b"") -> None:
-        """`unread`: bytes that were received from `end` before, without files."""
+    def __init__(self, end: socket.socket, unread: bytes = b"", files: Iterable[int] = ()) -> None:
+        """`unread` and `files` were received from `end` before, and belong to no whole message."""
         self.socket = end
         self._loop = asyncio.get_running_loop()
         self._received = bytearray(unread)
-        self._files: deque[int] = deque()
+        self._files = deque(files)
         self._sending = asyncio.Lock()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Message)
@@ -64,13 +64,17 @@ class Channel:
     async def receive(self) -> tuple[Any, list[int]]:
         """Return the next message and the files that came with it, for the caller to close. Raises
         ChannelClosed."""
-        while (found := self._take()) is None:
-            await self._until_ready(self._loop.add_reader, self._loop.remove_reader)
-            self._read()
+        while (found := self.take()) is None:
+            await self.fill()
         return found
 
-    def _take(self) -> tuple[Any, list[int]] | None:
-        """Return the message that has arrived, None if it is not whole."""
+    async def fill(self) -> None:
+        """Wait for something to arrive, and keep it for `take`. Raises ChannelClosed."""
+        await self._until_ready(self._loop.add_reader, self._loop.remove_reader)
+        self._read()
+
+    def take(self) -> tuple[Any, list[int]] | None:
+        """Return the next message that has arrived, and its files; None if it is not whole."""
         if len(self._received) < HEAD.size:
             return None
         size, count = HEAD.unpack_from(self._received)
@@ -109,9 +113,9 @@ class Channel:
             remove(self.socket)
 
     @property
-    def unread(self) -> bytes:
-        """The bytes that were received and are not part of a whole message yet."""
-        return bytes(self._received)
+    def unread(self) -> tuple[bytes, list[int]]:
+        """The bytes and files that were received and belong to no whole message yet."""
+        return bytes(self._received), list(self._files)
 
     def close(self) -> None:
         """Close this end, and the files that came with messages that nobody has received."""

@@ -54,10 +54,12 @@ class EarlierState(msgspec.Struct):
 
     state: InFlightState
     unread: bytes  # of its channel
+    files: int  # that were received with them
 
 
 class State(msgspec.Struct, tag=True):
-    """What a process knows and the ledger does not. With it go the channels of `earlier`."""
+    """What a process knows and the ledger does not. With it go the channels of `earlier`, each
+    followed by the files that were received over it."""
 
     clock: tuple[int, ...]
     counters: dict[str, CounterState]  # by name, see Limiter.counters

@@ -93,7 +93,9 @@ class Reporter:
             upstreams=changed(before.upstreams, now.upstreams),
             held=changed(before.held, now.held),
             spent={
-                payer: more for payer, each in cost.items() if (more := each - self._cost[payer])
+                payer: more
+                for payer, each in cost.items()
+                if (more := each - self._cost.get(payer, each))
             },
             growth=changed(before.growth, now.growth),
             keys=changed(before.keys, now.keys),
@@ -117,8 +119,9 @@ class Reporter:
     def _more_drawn(self, now: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         before, found = self._drawn, {}
         for name, (requests, tokens) in now.items():
-            if (requests, tokens) != before[name]:
-                found[name] = requests - before[name][0], tokens - before[name][1]
+            old = before.get(name, (0.0, 0.0))
+            if (requests, tokens) != old:
+                found[name] = requests - old[0], tokens - old[1]
         return found
 
     def _cost_now(self) -> dict[Payer, int]:
