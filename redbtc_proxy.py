@@ -35,8 +35,6 @@ import logging
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable
 from typing import Any
 
 from starlette.routing import Route, Router
@@ -54,8 +52,8 @@ from redbtc.config import (
 )
 from redbtc.errors import UserError
 from redbtc.gateway.admin_routes import in_time
+from redbtc.gateway.draining import drain
 from redbtc.gateway.endpoints import METERED, RESPONSES
-from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import healthz
 from redbtc.gateway.metered_route import MeteredRoute
 from redbtc.gateway.plain_routes import AsApp, NotServed, get_route, unknown_url
@@ -63,6 +61,8 @@ from redbtc.gateway.reloading import apply_settings, publish_reloaded
 from redbtc.gateway.service import Service
 from redbtc.gateway.stored import stored_routes
 from redbtc.gateway.websocket.session import serve_websocket
+from redbtc.handover.handover import Handover
+from redbtc.handover.joining import Joining
 from redbtc.headers import header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import App, Receive, Scope, Send, request_of
@@ -77,7 +77,6 @@ from redbtc.unexpected import log_unexpected_errors
 from redbtc.upstream.upstreams import PING_SECONDS
 
 OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
-STOPPING_SECONDS = 10  # for the rows of what is aborted when the process ends
 EXIT_SOFTWARE = 70  # a task of the process has ended (EX_SOFTWARE of sysexits.h)
 
 
@@ -140,10 +139,12 @@ async def run(options: ServeOptions) -> int:
     """Run the gateway from start to end, and return the exit status. Raises UserError where it
     can't start."""
     settings = options.settings
-    process = GatewayProcess(options.loaded, settings)
+    joining = await Joining.begin(options.loaded.database_path)
+    process = GatewayProcess(options.loaded, settings, joining)
     async with contextlib.AsyncExitStack() as stack:
-        listeners = listen(settings.server.hosts, settings.server.port)
-        opening = asyncio.create_task(open_service(stack, options, process, listeners))
+        offered = joining.listeners if joining else []
+        listeners = listen(settings.server.hosts, settings.server.port, offered=offered)
+        opening = asyncio.create_task(open_service(stack, options, process, listeners, joining))
         await process.serve(listeners, opening)
     return process.status
 
@@ -152,9 +153,10 @@ class GatewayProcess:
     """The process that serves: its servers, its signals and its end. `open_service` calls `closing`
     and `end_if_failed`, and sets `demo`."""
 
-    def __init__(self, loaded: LoadedSettings, settings: Settings) -> None:
+    def __init__(self, loaded: LoadedSettings, settings: Settings, joining: Joining | None) -> None:
         self._loaded = loaded
         self._settings = settings
+        self._joining = joining
         self.telemetry = Telemetry()
         self.status = 0  # the exit status
         self._service: Service | None = None  # None until the ledger is open
@@ -163,14 +165,18 @@ class GatewayProcess:
         self._reload_wanted = False
         self._publishing: asyncio.Task[None] | None = None  # of documents, after a reload
         self._guard = Guard({}, not_open, not_open, self.telemetry)
-        self._servers: list[Server] = []
         self._connections = Connections(self._offers_websocket)
+        self._servers: list[Server] = []
+        self._server = self._public()
+        self._handover = Handover(self._server, self._connections, joining, self._end_after)
         self._draining: asyncio.Task[None] | None = None
+        self._may_ignore_signal = False
         self._over = False  # the tasks may end
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGUSR2, self._handover.on_signal)
         start.finish()
 
     def _offers_websocket(self) -> bool:
@@ -178,9 +184,10 @@ class GatewayProcess:
 
     async def serve(self, listeners: list[socket.socket], opening: asyncio.Task[Service]) -> None:
         """Serve until a signal ends it, or one of its tasks. Before `opening` is done, requests are
-        refused. Raises UserError where the ledger can't be opened."""
+        refused; a process that takes over from another one waits. Raises UserError where the ledger
+        can't be opened."""
         self._opening = opening
-        await asyncio.wait([opening], timeout=OPENING_SECONDS)
+        await asyncio.wait([opening], timeout=None if self._joining else OPENING_SECONDS)
         if self._draining:
             self._over = True
             return
@@ -191,7 +198,7 @@ class GatewayProcess:
         try:
             async with asyncio.TaskGroup() as servers:
                 servers.create_task(self._serve_gateway(opening))  # first, so that commands work
-                servers.create_task(self._public().serve(listeners))
+                servers.create_task(self._server.serve(listeners))
         except* UserError as group:
             raise group.exceptions[0] from None
         finally:
@@ -224,9 +231,9 @@ class GatewayProcess:
         gateway, store = service.gateway, service.gateway.store
         if self._reload_wanted:
             self._reload()
-        tasks = [*store.commits.tasks, *service.start_tasks()]
-        for task in tasks:
+        for task in store.commits.tasks:
             task.add_done_callback(self._ended)
+        service.start_tasks(self._ended)
         others = other_apps(service)
         self._guard.serve(metered_apps(service), others, websocket_app(service, others))
         gc.freeze()  # what is there now stays, as in start.finish
@@ -235,11 +242,11 @@ class GatewayProcess:
             guarded = Guard({}, api, unknown_url, self.telemetry)
             server = AdminServer(configured(guarded, uds=path, proxy_headers=False))
             self._servers.append(server)
+            self._handover.begin(service, server)
             with server.listening():
                 await server.serve()
         self._over = True
-        for task in tasks[len(store.commits.tasks) :]:
-            task.cancel()
+        service.stop_tasks()
 
     def end_if_failed(self, task: asyncio.Task[Any]) -> None:
         """End the process if a task has failed."""
@@ -257,7 +264,7 @@ class GatewayProcess:
         if self._service and task in self._service.gateway.store.commits.tasks:
             self._end_now()
         if not self._draining:
-            self._draining = asyncio.create_task(self._drain(0))
+            self._draining = asyncio.create_task(self._drain(0.0))
 
     def _end_now(self) -> None:
         """End the process without waiting for anything. What is owed to the ledger is kept."""
@@ -268,45 +275,45 @@ class GatewayProcess:
         os._exit(self.status)
 
     def _terminate(self) -> None:
-        if self._draining:
+        """Drain. The second signal ends the process at once; if another process serves already, it
+        is the first that this process is sent."""
+        if self._draining and not self._may_ignore_signal:
             in_flight = self._service.gateway.in_flight.count if self._service else 0
             log(logging.WARNING, "terminated", in_flight=in_flight)
             self.status = 128 + signal.SIGTERM
             self._end_now()
-        self._draining = asyncio.create_task(self._drain(self._settings.server.drain_seconds))
+        self._may_ignore_signal = False
+        if not self._draining:
+            server = self._settings.server
+            draining = self._drain(server.drain_seconds, server.shutdown_delay_seconds)
+            self._draining = asyncio.create_task(draining)
 
-    async def _drain(self, seconds: float) -> None:
-        """Admit no new requests. For up to `seconds`, let those in flight finish, and let clients
-        read what was answered."""
+    def _end_after(self, seconds: float | None) -> None:
+        """End the process as `_drain` does: another one serves."""
+        self._may_ignore_signal = True
+        maximum = self._settings.server.drain_seconds
+        seconds = maximum if seconds is None else min(maximum, seconds)
+        self._draining = asyncio.create_task(self._drain(seconds))
+
+    async def _drain(self, seconds: float, delay: float = 0.0) -> None:
+        """Let what is in flight finish for up to `seconds`, and end the process. Before that, serve
+        on for `delay` seconds."""
+        await self._handover.give_up()
         if self._service:
-            await self._drain_gateway(self._service.gateway, seconds)
+            await drain(
+                self._service.gateway,
+                None if self._handover.is_over else self._server,
+                self._connections,
+                self._handover,
+                delay=delay,
+                seconds=seconds,
+            )
+            await self._handover.finish()
         elif self._opening:
             start.end_soon(EXIT_SOFTWARE)  # the disk may not answer
             self._opening.cancel()
         for server in self._servers:
             server.should_exit = True
-
-    async def _drain_gateway(self, gateway: Gateway, seconds: float) -> None:
-        gateway.draining = True
-        log(logging.INFO, "draining", in_flight=gateway.in_flight.count)
-        await self._wait_while(self._is_busy, gateway, seconds)
-        log(logging.INFO, "stopping", in_flight=gateway.in_flight.count)
-        if gateway.in_flight.count:
-            gateway.stop()
-        await self._wait_while(
-            lambda gateway: gateway.in_flight.count > 0, gateway, STOPPING_SECONDS
-        )
-
-    async def _wait_while(
-        self, holds: Callable[[Gateway], bool], gateway: Gateway, seconds: float
-    ) -> None:
-        deadline = time.monotonic() + seconds
-        while holds(gateway) and time.monotonic() < deadline:
-            gateway.store.give_up_if_failing()
-            await asyncio.sleep(0.05)
-
-    def _is_busy(self, gateway: Gateway) -> bool:
-        return gateway.in_flight.count > 0 or self._connections.unsent
 
     def _reload(self) -> None:
         """Read the settings again; a bad file changes nothing."""

@@ -66,6 +66,7 @@ class ServerSettings(SettingsTable, frozen=True):
     max_reading_bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
     body_timeout_seconds: Seconds = 60
     drain_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 600
+    shutdown_delay_seconds: Annotated[float, Meta(ge=0, le=600)] = 0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

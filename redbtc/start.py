@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
+LATER = (signal.SIGHUP, signal.SIGUSR2)  # signals for a process that serves
 
 PR_SET_DUMPABLE = 4  # of prctl(2)
 MAX_END_SECONDS = 10  # until a process has ended, after which it is killed
@@ -27,10 +28,10 @@ _collects = gc.isenabled()
 def prepare() -> None:
     """Open those of the descriptors 0 to 2 that are closed on /dev/null, so that the database does
     not become standard error. From now on SIGINT and SIGTERM end the process at once and silently,
-    and SIGHUP waits. No core is dumped. No garbage is collected: loading the program makes hardly
-    any."""
+    and SIGHUP and SIGUSR2 wait. No core is dumped. No garbage is collected: loading the program
+    makes hardly any."""
     _open_standard_descriptors()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
     for number in ENDING:
         _handlers[number] = signal.signal(number, _end)
     _forbid_core_dumps()
@@ -78,10 +79,10 @@ def finish() -> None:
 
 
 def _resume() -> None:
-    """Collect garbage, and deliver SIGHUP, including one that has come since `prepare`."""
+    """Collect garbage, and deliver SIGHUP and SIGUSR2, also if they have come since `prepare`."""
     if _collects:
         gc.enable()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
 
 
 def end_soon(status: int) -> None:

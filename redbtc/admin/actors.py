@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, Protocol
 
-from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
+from redbtc.admin.outputs import AtWork, Reloaded, UpstreamAtWork, UpstreamRested
 from redbtc.admin.users import LoginSession
 from redbtc.codex.catalog import offered_models, read_catalog
 from redbtc.codex.config_toml import CodexOffer, offer_of
@@ -117,6 +117,9 @@ class RunningGateway(Protocol):
     def set_back(self, at: int) -> None:
         """Set the ledger's time back to `at` (milliseconds): nothing in progress began later."""
 
+    async def reload(self) -> Reloaded:
+        """Let a new process take over. Raises Conflict or UserError if none does."""
+
     def at_work(self) -> AtWork:
         """Return what is in flight, what was refused since the start, and the upstreams."""
 
@@ -172,6 +175,10 @@ class StoppedGateway:
 
     def set_back(self, _: int) -> None:
         """Do nothing, since nothing is in progress."""
+
+    async def reload(self) -> Reloaded:
+        """Raise Conflict, since there is nothing to reload."""
+        raise Conflict("no gateway is running")
 
     def at_work(self) -> AtWork:
         """Return that nothing is in flight."""

@@ -16,6 +16,7 @@ from redbtc.admin.api_documents import DocumentOperations
 from redbtc.admin.api_export import ExportOperations, ExportPlan, InstantQuery, PartQuery
 from redbtc.admin.api_log import RequestLogOperations
 from redbtc.admin.api_money import MoneyOperations
+from redbtc.admin.api_process import ProcessOperations
 from redbtc.admin.api_retention import Purge, PurgeOptions, RetentionOperations
 from redbtc.admin.api_upstreams import UpstreamOperations
 from redbtc.admin.api_usage import UsageOperations
@@ -69,6 +70,7 @@ from redbtc.admin.outputs import (
     Overview,
     PaymentAdded,
     PaymentList,
+    Reloaded,
     RequestReport,
     SessionList,
     UpstreamAtWork,
@@ -105,6 +107,7 @@ class API(
     CodexOperations,
     DocumentOperations,
     RetentionOperations,
+    ProcessOperations,
     RequestLogOperations,
 ):
     """The methods of all operations. Call them through one of the `perform` methods, which check
@@ -412,6 +415,7 @@ OPERATIONS = (
     ),
     operation("POST", "/webhook/test", "operator", API.test_webhook, WebhookAnswer),
     operation("POST", "/db/check", "operator", API.check_database, Check),
+    operation("POST", "/reload", "operator", API.reload, Reloaded),
     operation("POST", "/db/set-time", "operator", API.set_time, TimeSet, body=NewTime),
     operation("POST", "/db/purge", "operator", API.purge, Purge, body=PurgeOptions),
 )

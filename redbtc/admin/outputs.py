@@ -226,6 +226,17 @@ class UpstreamRested(UpstreamAtWork, kw_only=True):
     unserved_models: list[str]
 
 
+class Reloaded(Struct):
+    """A process that takes over from the one that has answered. If it `restarts` the gateway, since
+    it has to migrate the ledger, it serves once the other process has ended, for which requests in
+    flight have `seconds`."""
+
+    pid: int
+    version: str
+    restarts: bool = False
+    seconds: float | None = None
+
+
 class AtWork(Struct):
     """Requests in flight and queued, what was refused since the start, and the upstreams."""
 

@@ -9,6 +9,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import click
@@ -30,7 +31,8 @@ from redbtc.config import (
     with_demo,
 )
 from redbtc.errors import StorageUnavailable, UserError
-from redbtc.gateway.reloading import publish_documents
+from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.reloading import publish_documents, publish_reloaded
 from redbtc.gateway.service import Service
 from redbtc.money import NANOS
 from redbtc.server.listening import address_of, listen, raise_descriptor_limit, server_for
@@ -38,7 +40,7 @@ from redbtc.store.database import Store
 from redbtc.store.failures import DAMAGED_AT_START, LedgerDamaged, opening_error
 from redbtc.store.files import DatabaseInUse, state_of
 from redbtc.store.health import RETRY_SECONDS
-from redbtc.store.opening import Serving
+from redbtc.store.opening import JoinedFiles, SchemaChanges, Serving
 from redbtc.store.request_log import RequestLog
 from redbtc.telemetry import LOG, Telemetry, log
 from redbtc.upstream.certificates import check_ca_files
@@ -66,6 +68,19 @@ class ServeOptions(NamedTuple):
     as_json: bool
 
 
+class Joining(Protocol):
+    """The process that this one takes over from, as far as opening the ledger needs it."""
+
+    files: JoinedFiles | None  # None: that process ends first
+    followed: set[str]  # background responses whose requests are in flight in other processes
+
+    async def wait_for_end(self, changes: SchemaChanges, database: Path) -> None:
+        """Wait until the other process has ended. Raises UserError."""
+
+    async def take_over(self, gateway: Gateway) -> None:
+        """Say that this process is ready, and take over. Raises UserError."""
+
+
 class Process(Protocol):
     """The process, as far as opening the ledger needs it."""
 
@@ -84,26 +99,20 @@ async def open_service(
     options: ServeOptions,
     process: Process,
     listeners: list[socket.socket],
+    joining: Joining | None,
 ) -> Service:
-    """Open the ledger, however long that takes, and say that the gateway serves. Raises
-    UserError."""
+    """Open the ledger, however long that takes, and say that the gateway serves. With `joining`,
+    take over from another process. Raises UserError."""
     settings = options.settings
-    billing = await open_ledger(stack, options, process)
+    billing = await open_ledger(stack, options, process, joining)
+    takes_over = joining is not None and joining.files is not None
     if options.demo:
         process.demo = await start_demo(stack)
         settings = with_demo(settings, process.demo)
-    if options.first_run and not billing.prices.prices:
-        await import_example(billing)
-    if options.demo and billing.model_prices(DEMO_PRICE.model) is None:
-        await add_prices(billing, [DEMO_PRICE], without_notice=None, by="demo")
+    if not takes_over:
+        await prepare_ledger(billing, options)
     host, port = listeners[0].getsockname()[:2]
     url = f"{url_of(host, port)}/v1"
-    log_start(url, listeners, billing.store, settings)
-    if options.as_json:
-        click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
-    if not billing.prices.prices and settings.billing.unpriced_models == "refuse":
-        reason = "requests for all models are refused; add prices with price import"
-        log(logging.WARNING, "no prices", reason=reason)
     server = msgspec.structs.replace(settings.server, port=port)
     settings = msgspec.structs.replace(settings, server=server)
     path = options.loaded.database_path
@@ -113,14 +122,31 @@ async def open_service(
     end_if_failed = process.end_if_failed
     service = Service(billing, settings, process.telemetry, end_if_failed, request_log)
     gateway = service.gateway
-    if not options.as_json:
+    if joining and takes_over:
+        await joining.take_over(gateway)
+        await publish_reloaded(billing, options.documents, settings)
+    log_start(url, listeners, billing.store, settings)
+    if not billing.prices.prices and settings.billing.unpriced_models == "refuse":
+        reason = "requests for all models are refused; add prices with price import"
+        log(logging.WARNING, "no prices", reason=reason)
+    if options.as_json and not joining:
+        click.echo(orjson.dumps({"base_url": url, "pid": os.getpid()}))
+    elif not joining:
         await greet(service, url, settings, options)
     try:
-        await gateway.resume()
+        await gateway.resume(joining.followed if joining else ())
     except (sqlite3.Error, StorageUnavailable) as error:
         if not billing.store.is_lost:  # a lost ledger serves nothing anyway
             raise UserError(f"{billing.store.path} can't be read: {error}") from None
     return service
+
+
+async def prepare_ledger(billing: Billing, options: ServeOptions) -> None:
+    """Add the prices that a first run or a demonstration needs. Raises UserError."""
+    if options.first_run and not billing.prices.prices:
+        await import_example(billing)
+    if options.demo and billing.model_prices(DEMO_PRICE.model) is None:
+        await add_prices(billing, [DEMO_PRICE], without_notice=None, by="demo")
 
 
 def log_start(
@@ -152,23 +178,31 @@ async def greet(service: Service, url: str, settings: Settings, options: ServeOp
 
 
 async def open_ledger(
-    stack: contextlib.AsyncExitStack, options: ServeOptions, process: Process
+    stack: contextlib.AsyncExitStack,
+    options: ServeOptions,
+    process: Process,
+    joining: Joining | None,
 ) -> Billing:
     """Open the ledger, and publish what is new of the documents. Try again for as long as its disk
-    is full or does not answer, and whenever a damaged file has been replaced. Raises UserError if
-    trying again can't help."""
+    is full or does not answer, and whenever a damaged file has been replaced. With `joining`, open
+    it beside the process that has it open, if it need not be migrated. Raises UserError if trying
+    again can't help."""
     database, path = options.settings.database, options.loaded.database_path
     serving = Serving(database.check_seconds, options.accept_clock, log, process.closing)
+    if joining:
+        serving.joined = joining.files
+        try:
+            return await try_to_open(stack, options, serving)
+        except SchemaChanges as changes:
+            await joining.wait_for_end(changes, path)
+            serving.joined = None
+        except (StorageUnavailable, LedgerDamaged) as error:
+            raise UserError(str(error)) from None
     said = ""
     while True:
         tried = state_of(path)
         try:
-            opening = Store.open(path, database.synchronous, serving)
-            async with contextlib.AsyncExitStack() as opened:
-                store = await opened.enter_async_context(opening)
-                billing = await open_billing(store, options)
-                stack.push_async_exit(opened.pop_all())
-                return billing
+            return await try_to_open(stack, options, serving)
         except LedgerDamaged as error:
             if str(error) != said:
                 said = str(error)
@@ -177,7 +211,7 @@ async def open_ledger(
             while state_of(path) == tried:
                 await asyncio.sleep(DAMAGED_FILE_SECONDS)
         except (StorageUnavailable, DatabaseInUse) as error:
-            if not said and isinstance(error, DatabaseInUse):
+            if not (said or joining) and isinstance(error, DatabaseInUse):
                 raise
             if str(error) != said:
                 said = str(error)
@@ -185,13 +219,27 @@ async def open_ledger(
             await asyncio.sleep(RETRY_SECONDS)
 
 
-async def open_billing(store: Store, options: ServeOptions) -> Billing:
-    """Read the prices from an open database, and publish what is new of the documents. Raises
-    UserError."""
+async def try_to_open(
+    stack: contextlib.AsyncExitStack, options: ServeOptions, serving: Serving
+) -> Billing:
+    """Open the ledger until the end of `stack`. Raises UserError, StorageUnavailable."""
+    path = options.loaded.database_path
+    async with contextlib.AsyncExitStack() as opened:
+        opening = Store.open(path, options.settings.database.synchronous, serving)
+        store = await opened.enter_async_context(opening)
+        billing = await open_billing(store, options, publish=serving.joined is None)
+        stack.push_async_exit(opened.pop_all())
+        return billing
+
+
+async def open_billing(store: Store, options: ServeOptions, *, publish: bool) -> Billing:
+    """Read the prices from an open database, and with `publish`, publish what is new of the
+    documents. Raises UserError."""
     settings = options.settings
     try:
         billing = await Billing.open(store, settings.billing)
-        await publish_documents(billing, options.documents, settings)
+        if publish:
+            await publish_documents(billing, options.documents, settings)
         return billing
     except sqlite3.Error as error:
         raise opening_error(store.path, error) from None

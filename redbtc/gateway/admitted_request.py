@@ -47,7 +47,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     background: BackgroundResponse | None = None  # its response, if that outlives the request
     _memory: Releasable
     _candidates: Candidates[Upstream] | None = None  # it has a place at one of them, perhaps
-    _is_held = False
+    is_held = False
     is_free = False  # nothing is billed, whatever the answer reports
     _is_unfinished = False  # whether it is counted as an unfinished background response
 
@@ -81,7 +81,7 @@ class AdmittedRequest(ForwardedRequest, Running):
         """Begin a row in the places of a request that has ended, whose row is `before`: the
         upstream has begun another response to it by itself. This takes the place of `async with`'s
         beginning; its end must follow. `hold` is the hold for it."""
-        self.hold, self._is_held = hold, True
+        self.hold, self.is_held = hold, True
         self.row = self.new_row(before.requested_model, before.upstream, before.credentials)
         self.date_row()
         self.left_at = time.monotonic()
@@ -110,7 +110,7 @@ class AdmittedRequest(ForwardedRequest, Running):
             model = self.facts.model or ""
             self.row = self.new_row(model, candidates.member.name, credentials)
             self.hold = await self._hold_or_undo()
-            self._is_held = True
+            self.is_held = True
             self._note_growth()
             self.client_request.received = None
             await self._begin()
@@ -134,7 +134,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     def _give_back(self) -> None:
         """Give back the hold, the place at the upstream, and the count of a background response
         that was not created."""
-        if self._is_held:
+        if self.is_held:
             self.hold.release()
         if self._candidates and self._candidates.member:
             self._candidates.give_back()

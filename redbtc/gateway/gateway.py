@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from typing import Any, Protocol
 
+from redbtc.admin.outputs import Reloaded
 from redbtc.billing.billing import Billing
 from redbtc.codex.catalog import read_catalog
 from redbtc.config import Settings
@@ -29,6 +30,20 @@ from redbtc.store.request_log import RequestLog
 from redbtc.store.speeds import Speeds
 from redbtc.telemetry import Telemetry, log
 from redbtc.upstream.configured import Upstreams
+
+
+class Session(Protocol):
+    """A session over a WebSocket."""
+
+    def expire(self) -> None:
+        """Begin no more requests. Close the connection when those in flight have ended."""
+
+    def move(self) -> None:
+        """Do what `expire` does, and refuse requests that are not admitted yet."""
+
+    @property
+    def has_waiting(self) -> bool:
+        """Return whether a request is not admitted yet."""
 
 
 class Gateway:
@@ -79,11 +94,15 @@ class Gateway:
             "redbtc_queued", "Requests waiting for a free place", lambda: self.limiter.queued
         )
         self.draining = self.stopping = False
+        self.websockets: set[Session] = set()
+        # Lets a new process take over; set when this one serves.
+        self.reload: Callable[[], Awaitable[Reloaded]]
         self.settings_applied = asyncio.Event()  # set by the next `apply`
 
-    async def resume(self) -> None:
-        """Take up what an earlier process has left. Raises StorageUnavailable, sqlite3.Error."""
-        await self.background.resume()
+    async def resume(self, followed: Collection[str] = ()) -> None:
+        """Take up what an earlier process has left, but not the background responses that another
+        process still follows. Raises StorageUnavailable, sqlite3.Error."""
+        await self.background.resume(followed)
         members = {each.name: each.usable for each in self.upstreams}
         for rest in await self.journal.resume(members):
             seconds = (rest.until - self.store.time()) / 1000
@@ -108,8 +127,6 @@ class Gateway:
 
     def authenticate(self, request: ClientRequest) -> Key:
         """Return the key of a request that may be served now. Raises Refusal."""
-        if self.draining:
-            raise Refusal("draining", headers=[(b"connection", b"close")])
         if request.key_headers is None:  # a WebSocket keeps the meaning of its headers
             request.key_headers = self.key_headers
         key = key_of_request(request, self.store, request.key_headers)
@@ -140,6 +157,13 @@ class Gateway:
             in_flight.discard(key, abort)
             on_leave.discard(deadline.on_client_disconnect)
             in_flight.count -= 1
+
+    def drain(self) -> None:
+        """Let WebSockets end with the requests that are in flight, and tell monitors that the
+        process is about to end."""
+        self.draining = True
+        for session in list(self.websockets):
+            session.expire()
 
     def stop(self) -> None:
         """Abort all that is in flight: the process is about to end. What was used is estimated."""

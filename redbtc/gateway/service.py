@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -49,26 +49,55 @@ class Service:
         self.vitals = Vitals(billing.store, request_log)
         telemetry.registry.register(self.vitals)
         telemetry.registry.register(UpstreamMetrics(self.gateway.upstreams))
+        self._tasks: list[asyncio.Task[None]] = []
+        self._sole_tasks: list[asyncio.Task[None]] = []
 
-    def start_tasks(self) -> list[asyncio.Task[None]]:
-        """Start what the process does for as long as it serves, and return the tasks. None of them
-        ends by itself."""
+    def start_tasks(self, on_end: Callable[[asyncio.Task[Any]], None]) -> None:
+        """Start what the process does for as long as it serves. None of the tasks ends by itself;
+        if one does, `on_end` is called."""
+        self._on_end, gateway, store = on_end, self.gateway, self.gateway.store
+        self._tasks = self._started(
+            {
+                "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
+                "clock": watch_clock(store.clock, log),
+                "loop lag": self.vitals.watch_loop(),
+                "log": watch_log(),
+            }
+        )
+        self.start_sole_tasks()
+
+    def start_sole_tasks(self) -> None:
+        """Start what only one process may do."""
         gateway, store = self.gateway, self.gateway.store
         erase_accounts = partial(
             erase_due, store, gateway.request_log, self.api.gateway.end_account
         )
         daily_work = DailyWork(gateway, self.api.retention, erase_accounts)
-        return [
-            asyncio.create_task(work, name=name)
-            for name, work in {
+        self._sole_tasks = self._started(
+            {
                 "daily work": daily_work.do_for_ever(),
                 "expired bodies": daily_work.erase_bodies_for_ever(),
                 "webhook": post_for_ever(gateway.billing, log),
-                "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
-                "clock": watch_clock(store.clock, log),
                 "size": watch_size(store),
                 "model catalog": gateway.catalog.keep_fresh(),
-                "loop lag": self.vitals.watch_loop(),
-                "log": watch_log(),
-            }.items()
-        ]
+            }
+        )
+
+    def _started(self, works: dict[str, Coroutine[Any, Any, None]]) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(work, name=name) for name, work in works.items()]
+        for task in tasks:
+            task.add_done_callback(self._on_end)
+        return tasks
+
+    def stop_sole_tasks(self) -> None:
+        """Stop what only one process may do: another one does it from now on."""
+        self._stop(self._sole_tasks)
+
+    def stop_tasks(self) -> None:
+        """Stop all tasks."""
+        self._stop(self._tasks + self._sole_tasks)
+
+    def _stop(self, tasks: list[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.remove_done_callback(self._on_end)
+            task.cancel()

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import asdict
 
-from redbtc.admin.outputs import AtWork, UpstreamAtWork, UpstreamRested
+from redbtc.admin.outputs import AtWork, Reloaded, UpstreamAtWork, UpstreamRested
 from redbtc.codex.catalog import offered_models
 from redbtc.codex.config_toml import CodexOffer, offer_of
 from redbtc.config import DEMO, Settings
@@ -101,6 +101,10 @@ class GatewayView:
         thousandths = None if factor is None else parse_amount(factor) // (NANOS // 1000)
         gateway = self._gateway
         return gateway.limiter.report_account(account.id, own, thousandths, gateway.settings.limits)
+
+    async def reload(self) -> Reloaded:
+        """Let a new process take over. Raises Conflict or UserError if none does."""
+        return await self._gateway.reload()
 
     def at_work(self) -> AtWork:
         """Return what is in flight, what was refused since the start, and the upstreams."""

@@ -1,13 +1,16 @@
-"""The messages between a gateway and the process that takes over from it, its successor. The two can
-be of different versions of this program: unknown fields are ignored, and new ones need a default.
+"""The messages between a gateway and the process that takes over from it. The two can be of
+different versions of this program: unknown fields are ignored, and new ones need a default.
 
     old process                                new process
     Offer (locks, listeners) ────────────────►
-                             ◄──────────────── Ready, Refused or NeedsRestart
+                             ◄──────────────── Ready, or NeedsRestart
     State ───────────────────────────────────►
                              ◄──────────────── Serving
     Moved (connections), Report … ───────────►
                              ◄──────────────── Abort, End
+
+After NeedsRestart, Restart takes the place of State, and only Moved follows. A new process that
+can't serve ends: what it has written to standard error says why.
 """
 
 from __future__ import annotations
@@ -33,17 +36,15 @@ class Ready(msgspec.Struct, tag=True):
     version: str
 
 
-class Refused(msgspec.Struct, tag=True):
-    """The new process can't serve, and ends."""
-
-    reason: str
-
-
 class NeedsRestart(msgspec.Struct, tag=True):
     """The new process has to migrate the ledger, which the old one could not write any more."""
 
     schema_before: int
     schema_after: int
+
+
+class Restart(msgspec.Struct, tag=True):
+    """The old process ends before long. The new one is to open the ledger after that."""
 
 
 class Serving(msgspec.Struct, tag=True):
@@ -67,4 +68,4 @@ class End(msgspec.Struct, tag=True):
     """Abort all that is in flight."""
 
 
-Message = Offer | Ready | Refused | NeedsRestart | State | Serving | Moved | Report | Abort | End
+Message = Offer | Ready | NeedsRestart | State | Restart | Serving | Moved | Report | Abort | End

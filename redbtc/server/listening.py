@@ -27,6 +27,10 @@ def raise_descriptor_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+BACKLOG = 2048  # connections that wait to be accepted
+START_PAUSE = 0.005  # seconds between two looks whether a server has started
+
+
 class Server(uvicorn.Server):
     """A uvicorn server that leaves signals to the gateway."""
 
@@ -34,16 +38,44 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    listeners: Sequence[socket.socket] = ()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on sockets, as uvicorn does."""
+        self.listeners = sockets or ()
+        await super().startup(sockets)
+
+    async def accept_on(self, listeners: Sequence[socket.socket]) -> None:
+        """Accept connections again."""
+        self.listeners, loop = listeners, asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(self.protocol, sock=each, backlog=BACKLOG)
+            for each in listeners
+        ]
+
     def stop_accepting(self) -> None:
         """Accept no more connections. Those that are open go on."""
         for server in self.servers:
             server.close()
 
-    async def adopt(self, connection: socket.socket, received: bytes) -> None:
-        """Serve a connection that another process has left, with the bytes that it has received
-        and not served."""
+    def close_idle(self) -> None:
+        """Close connections on which no request is being served; the others after the response
+        that is under way."""
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, HTTPProtocol):
+                connection.shutdown()
+
+    async def adopt(self, connection: int, received: bytes) -> None:
+        """Serve a connection, given its open file, that was left to this process, with the bytes
+        that were received and not served."""
+        while not self.started:
+            await asyncio.sleep(START_PAUSE)
         loop = asyncio.get_running_loop()
-        await loop.connect_accepted_socket(lambda: self.protocol(received), connection)
+        sock = socket.socket(fileno=connection)
+        try:
+            await loop.connect_accepted_socket(lambda: self.protocol(received), sock)
+        except OSError:  # the client is gone
+            sock.close()
 
     def protocol(self, received: bytes | None = None) -> asyncio.Protocol:
         """Return the protocol of a connection; `received` as HTTPProtocol takes it."""
@@ -80,25 +112,38 @@ def configured(app: Any, connections: Connections | None = None, **options: Any)
     return uvicorn.Config(app, **usual | options)
 
 
-def listen(hosts: Sequence[str], port: int, tries: int = 10) -> list[socket.socket]:
+def listen(
+    hosts: Sequence[str], port: int, tries: int = 10, offered: Sequence[socket.socket] = ()
+) -> list[socket.socket]:
     """Return a listening socket for each address, all on the same port. Port 0 means a free one: up
     to `tries` are tried until one is free at every address. "::" means all addresses of IPv6 and
     IPv4, unless an IPv4 address is listed as well. (IPv4 gets a socket of its own: on a shared one
-    its clients would appear as ::ffff:192.0.2.1.) Raises UserError where listening fails."""
+    its clients would appear as ::ffff:192.0.2.1.) Of the `offered` sockets, which listen already,
+    those at these addresses are used. Raises UserError where listening fails."""
     if all(":" in host for host in hosts) and any(is_any_address(host) for host in hosts):
         hosts = [*hosts, "0.0.0.0"]
     listeners: list[socket.socket] = []
     try:
         for host in hosts:
             chosen = listeners[0].getsockname()[1] if listeners else port
-            listeners.append(_listen_on(host, chosen))
+            found = [each for each in offered if listens_on(each, host, chosen)]
+            listeners.append(found[0].dup() if found else _listen_on(host, chosen))
     except UserError:
         for listener in listeners:
             listener.close()
         if port == 0 and listeners and tries > 1:
-            return listen(hosts, port, tries - 1)
+            return listen(hosts, port, tries - 1, offered)
         raise
     return listeners
+
+
+def listens_on(listener: socket.socket, host: str, port: int) -> bool:
+    """Return whether a socket listens at an address. Port 0 is any port."""
+    at, at_port = listener.getsockname()[:2]
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(host, None, listener.family, socket.SOCK_STREAM)
+        return port in (0, at_port) and any(each[4][0] == at for each in found)
+    return False
 
 
 def is_any_address(host: str) -> bool:
@@ -111,7 +156,7 @@ def is_any_address(host: str) -> bool:
 def _listen_on(host: str, port: int) -> socket.socket:
     family, where = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise UserError(f"can't listen on {where}:{port}: {error.strerror}") from None
 

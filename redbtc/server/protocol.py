@@ -166,6 +166,11 @@ class HTTPProtocol(asyncio.Protocol):
         self._transport.abort()
         return left
 
+    def go_on(self) -> None:
+        """Serve what has arrived while `Connections.on_idle` was set."""
+        if self.connection.state == "idle" and self._stream.kept:
+            self._continue()
+
     # Reading
 
     def _keep(self, data: bytes) -> None:

@@ -6,6 +6,7 @@ runs, the gateway makes it again.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -55,6 +56,8 @@ class AdminServer(Server):
     """The server of the admin API on the Unix socket beside the database."""
 
     _file: tuple[int, int] | None = None
+    _given: socket.socket | None = None  # that another process has listened on
+    _is_left = False  # another process listens now
     _failure = ""  # why the last attempt to listen failed
 
     @contextlib.contextmanager
@@ -63,8 +66,23 @@ class AdminServer(Server):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+            if not self._is_left:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
+
+    @property
+    def listener(self) -> int | None:
+        """The open socket that it listens on, None if it could not be made."""
+        return self.servers[0].sockets[0].fileno() if self.servers and not self._failure else None
+
+    def take(self, listener: int) -> None:
+        """Listen on a socket that another process has listened on."""
+        self._given = socket.socket(fileno=listener)
+
+    def leave(self) -> None:
+        """Leave the socket to another process. Connections that are open go on."""
+        self._is_left = True
+        self.stop_accepting()
 
     @property
     def _path(self) -> str:
@@ -73,13 +91,23 @@ class AdminServer(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen on a new socket. If that fails, `on_tick` tries again."""
         self.servers = []
-        await self._listen()
+        if self._given:
+            await self.lifespan.startup()
+            loop = asyncio.get_running_loop()
+            self.servers = [await loop.create_unix_server(self.protocol, sock=self._given)]
+            self._file = _identity(self._path)
+        else:
+            await self._listen()
         self.started = True
 
     async def on_tick(self, counter: int) -> bool:
         """Listen again if the socket file was removed or replaced. Uvicorn calls this ten times a
         second."""
-        if counter % TICKS == 0 and (self._failure or _identity(self._path) != self._file):
+        if (
+            counter % TICKS == 0
+            and not self._is_left
+            and (self._failure or _identity(self._path) != self._file)
+        ):
             await self._listen_again()
         return await super().on_tick(counter)
 

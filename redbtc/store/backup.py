@@ -60,6 +60,7 @@ FILE_SUFFIXES = (
     ".owed",
     ".restoring",
     ".restored",
+    ".trial",
 )
 
 FILE_CHECKS = {

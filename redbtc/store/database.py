@@ -199,12 +199,12 @@ class Store:
         """From now on, no other process writes."""
         self._writer.turns = None
 
-    async def take_back(self) -> None:
-        """Undo `share`: no other process has taken over. Raises OSError."""
-        aside = Path(self._spill.path)
+    def take_back(self) -> None:
+        """Undo what `share` does with the spill file: no other process has taken over. Raises
+        OSError."""
+        aside = self._spill.path
         self._spill.use(Spill(self.path))
         aside.unlink(missing_ok=True)
-        self.write_alone()
 
     async def finish_for(self, process: int, request_ids: Collection[str]) -> None:
         """Write what a process could not that has ended: what its spill file has, and that these of

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,14 +166,20 @@ async def migrate(writer: Writer, database: Path, serving: Serving | None) -> Mi
     started, backup, no_backup = time.monotonic(), "", ""
     if version:
         backup, no_backup = await back_up_once(database, max(due), serving)
-    for number, script in due.items():
-        await writer.executescript(
-            f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
-        )
+    await run_migrations(writer, due)
     if not version:
         return None
     seconds = round(time.monotonic() - started, 3)
     return Migrated(version, max(due), seconds, backup, no_backup)
+
+
+async def run_migrations(writer: Writer, due: Mapping[int, str]) -> None:
+    """Execute the scripts that bring the tables to each version, in their order. Raises
+    sqlite3.Error."""
+    for number, script in sorted(due.items()):
+        await writer.executescript(
+            f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
+        )
 
 
 async def back_up_once(database: Path, version: int, serving: Serving | None) -> tuple[str, str]:

@@ -26,7 +26,7 @@ DROP_PROGRESS = "DELETE FROM unsettled WHERE request_id = ?"
 
 
 COSTS_OF = """
-    SELECT account_id, ifnull(keys.budget_id, keys.id), cost
+    SELECT requests.account_id, ifnull(keys.budget_id, keys.id), cost
       FROM requests JOIN keys ON keys.id = key_id
      WHERE request_id IN (SELECT value FROM json_each(?)) AND outcome <> 'pending' AND cost > 0"""
 

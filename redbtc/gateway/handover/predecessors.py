@@ -69,12 +69,12 @@ class Predecessor:
         """What it has in flight now."""
         return InFlightState(
             pid=self.pid,
-            places=self._places,
-            upstreams=self._upstreams,
-            held=self._held,
-            growth=self._growth,
-            keys=self.keys,
-            unfinished=self._unfinished,
+            places=dict(self._places),
+            upstreams=dict(self._upstreams),
+            held=dict(self._held),
+            growth=dict(self._growth),
+            keys=dict(self.keys),
+            unfinished=dict(self._unfinished),
             rows=self.rows,
             billed=self._billed,
             followed=self.followed,
@@ -117,11 +117,15 @@ class Predecessor:
     async def end(self) -> None:
         """Finish what is left of it: it has ended, perhaps by an accident. Its requests that have
         not ended are interrupted. Raises StorageUnavailable, OSError, sqlite3.Error."""
-        gateway, rows = self._gateway, self.rows
-        await gateway.store.finish_for(self.pid, rows)
-        for payer, cost in await costs_of(gateway.store, rows - self._billed):
+        gateway = self._gateway
+        await gateway.store.finish_for(self.pid, self.rows)
+        for payer, cost in await costs_of(gateway.store, self.rows - self._billed):
             gateway.billing.totals.spend(payer, cost)
         await gateway.background.take_up(self.followed)
+        self.release()
+
+    def release(self) -> None:
+        """Count nothing of it here any more."""
         self._take(
             Report(
                 places=dict.fromkeys(self._places, 0),
@@ -130,7 +134,7 @@ class Predecessor:
                 growth=dict.fromkeys(self._growth, 0),
                 keys=dict.fromkeys(self.keys, 0),
                 unfinished=dict.fromkeys(self._unfinished, 0),
-                ended=rows,
+                ended=self.rows,
                 followed=set(),
             )
         )

@@ -78,6 +78,7 @@ async def serve_websocket(
     charge_handshake(gateway.limiter.small_frames(key))
     with counted_session(gateway, key.account_id):
         session = WebSocketSession(gateway, handshake, key, receive, send)
+        gateway.websockets.add(session.runner)
         try:
             with gateway.in_flight.abortable(key, handshake.client.abort):
                 await session.run()
@@ -85,6 +86,7 @@ async def serve_websocket(
             raise ClientLeft from None
         finally:
             await session.end()
+            gateway.websockets.discard(session.runner)
 
 
 def charge_handshake(small_frames: Bucket) -> None:
@@ -132,7 +134,7 @@ class WebSocketSession:
         self._upstream_events = UpstreamEvents(
             gateway, handshake, key, sender, self._lanes, objects, self._tasks
         )
-        self._runner = TurnRunner(
+        self.runner = TurnRunner(
             gateway, handshake, sender, self._lanes, self._upstream_events, objects, self._tasks
         )
         self._client_events = ClientEvents(
@@ -142,7 +144,7 @@ class WebSocketSession:
             self._intake.reservation,
             sender,
             self._lanes,
-            self._runner,
+            self.runner,
             objects,
         )
 
@@ -151,8 +153,10 @@ class WebSocketSession:
         before the connection is accepted, OSError."""
         socket = await self._upstream_events.first_socket()
         await self._sender.accept(self._headers(socket.connection))
+        if self._gateway.draining:
+            self.runner.expire()
         settings, loop = socket.upstream.settings, self._gateway.deadlines.loop
-        expiry = loop.call_later(settings.total_timeout_seconds, self._runner.expire)
+        expiry = loop.call_later(settings.total_timeout_seconds, self.runner.expire)
         self._reader = asyncio.create_task(self._read_frames())
         try:
             with self._sender.aborting_unread(settings.idle_timeout_seconds):

@@ -1,0 +1,79 @@
+"""Start the process that is to take over from this one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+from redbtc.errors import UserError
+
+VARIABLE = "REDBTC_HANDOVER"  # the descriptors of the channel and of standard error
+KEPT_BYTES = 8 << 10  # of what the process has written to standard error
+END_SECONDS = 10  # for a process that is told to end
+
+
+class NotTakenOver(UserError):
+    """No other process has taken over: this one goes on as before."""
+
+
+def same_command() -> list[str]:
+    """Return the command line that this process was started with."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+class Child:
+    """The new process. Until it serves, what it writes to standard error is read here, since it
+    says why the process can't serve, and is passed on."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        """Start the process, which gets `channel` as its end of the channel. Raises OSError."""
+        stderr = os.dup(2)
+        reading, writing = os.pipe()
+        try:
+            files = channel.fileno(), stderr
+            self._process = subprocess.Popen(
+                same_command(),
+                env=os.environ | {VARIABLE: ",".join(map(str, files))},
+                stdin=subprocess.DEVNULL,
+                stderr=writing,
+                pass_fds=files,
+            )
+        except BaseException:
+            os.close(reading)
+            raise
+        finally:
+            os.close(stderr)
+            os.close(writing)
+        self.pid = self._process.pid
+        self._said = b""
+        self._reader = threading.Thread(
+            target=self._read, args=(reading,), name="successor", daemon=True
+        )
+        self._reader.start()
+
+    def _read(self, reading: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(reading, 4096):
+                self._said = (self._said + data)[-KEPT_BYTES:]
+                os.write(2, data)
+        os.close(reading)
+
+    def end(self) -> str:
+        """End the process if it runs. Return why it has ended: the last line that it has written,
+        without those of the log. Blocks."""
+        self._process.terminate()
+        try:
+            status = self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        self._reader.join(END_SECONDS)
+        lines = [each.strip() for each in self._said.decode(errors="replace").splitlines()]
+        said = [each for each in lines if each and not each.startswith("{")]
+        if said:
+            return said[-1].removeprefix("Error: ")
+        return f"signal {-status}" if status < 0 else f"exit status {status}"

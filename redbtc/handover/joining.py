@@ -1,0 +1,132 @@
+"""Take over from another process: the side of the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sqlite3
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from redbtc.errors import StorageUnavailable, UserError
+from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.handover.predecessors import read_again, restore
+from redbtc.gateway.handover.state import State
+from redbtc.handover.channel import Channel, ChannelClosed
+from redbtc.handover.child import VARIABLE
+from redbtc.handover.messages import Moved, NeedsRestart, Offer, Ready, Restart, Serving
+from redbtc.handover.predecessors import Adopt, PredecessorChannel, earlier_channels
+from redbtc.store.opening import JoinedFiles, SchemaChanges
+from redbtc.store.trial import try_migration
+
+
+class Joining:
+    """A process that takes over from the one that has started it."""
+
+    def __init__(self, channel: Channel, stderr: int) -> None:
+        self._channel = channel
+        self._stderr = stderr
+        self.files: JoinedFiles | None = None  # None: the other process ends first
+        self.listeners: list[socket.socket] = []
+        self.admin_listener: int | None = None
+        self.followed: set[str] = set()  # background responses that other processes follow
+        self.turns: int | None = None
+        self._moved: list[tuple[int, bytes]] = []
+        self._channels: list[PredecessorChannel] = []
+
+    @classmethod
+    async def begin(cls, database: Path) -> Joining | None:
+        """Return what the process that has started this one hands over, None if this process was
+        started by something else. Raises UserError."""
+        given = os.environ.pop(VARIABLE, "")
+        if not given:
+            return None
+        end, stderr = map(int, given.split(","))
+        for file in (end, stderr):
+            os.set_inheritable(file, False)
+        joining = cls(Channel(socket.socket(fileno=end)), stderr)
+        try:
+            offer, files = await joining._channel.receive()
+        except ChannelClosed:
+            raise gone() from None
+        assert isinstance(offer, Offer)
+        lock_file, database_file, turns, *rest = files
+        joining.files, joining.turns = JoinedFiles(lock_file, database_file, turns), turns
+        joining.admin_listener = rest.pop() if offer.has_admin else None
+        joining.listeners = [socket.socket(fileno=each) for each in rest]
+        if offer.database != str(database):
+            raise UserError(
+                f"database.path is {database}, but the running gateway uses {offer.database}; "
+                "restart it to use another database"
+            )
+        return joining
+
+    async def wait_for_end(self, changes: SchemaChanges, database: Path) -> None:
+        """Wait until the other process has ended, since the ledger has to be migrated. Before that,
+        migrate a copy: if that fails, so would the ledger. Raises UserError."""
+        await try_migration(database, changes.before)
+        assert self.files is not None
+        try:
+            await self._channel.send(NeedsRestart(changes.before, changes.after))
+            message, _ = await self._channel.receive()
+            assert isinstance(message, Restart)
+        except ChannelClosed:
+            raise gone() from None
+        for file in self.files:
+            os.close(file)
+        self.files = self.turns = None
+        self._speak()
+        with contextlib.suppress(ChannelClosed):
+            while True:
+                message, files = await self._channel.receive()
+                if isinstance(message, Moved):
+                    self._moved += zip(files, message.received, strict=True)
+
+    async def take_over(self, gateway: Gateway) -> None:
+        """Say that this process is ready, and take over. Raises UserError."""
+        try:
+            await self._channel.send(Ready(program_version()))
+            state, files = await self._channel.receive()
+            assert isinstance(state, State)
+            restore(gateway, state)
+            await read_again(gateway.billing)
+            earlier = earlier_channels(gateway, state.earlier, files)
+            last = PredecessorChannel(gateway, self._channel, state.in_flight)
+            self._channels = [*earlier, last]
+            self.followed.update(*(each.predecessor.followed for each in self._channels))
+            await gateway.store.begin_run()
+            await self._channel.send(Serving())
+        except ChannelClosed:
+            raise gone() from None
+        except (StorageUnavailable, sqlite3.Error, OSError) as error:
+            raise UserError(f"the ledger can't be taken over: {error}") from None
+        self._speak()
+
+    def _speak(self) -> None:
+        """Write to the standard error of the other process from now on, not to that process."""
+        os.dup2(self._stderr, 2)
+        os.close(self._stderr)
+
+    def take_channels(self) -> list[PredecessorChannel]:
+        """Return the channels to the processes that still finish their requests."""
+        channels, self._channels = self._channels, []
+        return channels
+
+    async def serve_moved(self, adopt: Adopt) -> None:
+        """Serve the connections that were moved before this process could serve."""
+        moved, self._moved = self._moved, []
+        for file, received in moved:
+            await adopt(file, received)
+
+
+def gone() -> UserError:
+    """Return the error of a process whose predecessor has ended, or has given it up."""
+    return UserError("the process that has started this one does not hand over")
+
+
+def program_version() -> str:
+    """Return the version of this program."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version("redbtc-proxy")
+    return ""

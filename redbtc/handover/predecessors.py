@@ -1,0 +1,177 @@
+"""The channels to the processes that this one has taken over from."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sqlite3
+from collections.abc import Awaitable, Callable, Collection
+
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.handover.predecessors import Predecessor
+from redbtc.gateway.handover.state import EarlierState, InFlightState, Report
+from redbtc.handover.channel import Channel, ChannelClosed
+from redbtc.handover.messages import Abort, End, Moved
+from redbtc.telemetry import log, shown_error
+
+RETRY_SECONDS = 1.0  # before what an ended process has left is seen to again
+
+Adopt = Callable[[int, bytes], Awaitable[None]]  # serves a connection
+
+
+class PredecessorChannel:
+    """The channel to one of them. What it reports is noted until it ends."""
+
+    def __init__(self, gateway: Gateway, channel: Channel, state: InFlightState) -> None:
+        self.predecessor = Predecessor(gateway, state)
+        self.keys = self.predecessor.keys
+        self._channel = channel
+        self._handling = asyncio.Lock()
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def follow(self, adopt: Adopt) -> None:
+        """Note what it reports, and serve the connections that it leaves to this process, until it
+        has ended. Cancelling loses nothing of this."""
+        try:
+            while True:
+                async with self._handling:
+                    while found := self._channel.take():
+                        await self._handle(*found, adopt)
+                await self._channel.fill()
+        except ChannelClosed:
+            await self._finish()
+
+    async def _handle(self, message: object, files: list[int], adopt: Adopt) -> None:
+        if isinstance(message, Moved):
+            for file, received in zip(files, message.received, strict=True):
+                await adopt(file, received)
+        elif isinstance(message, Report):
+            await self._until_done(lambda: self.predecessor.note(message))
+
+    async def _finish(self) -> None:
+        interrupted = len(self.predecessor.rows)
+        await self._until_done(self.predecessor.end)
+        self._channel.close()
+        pid = self.predecessor.pid
+        if interrupted:
+            log(logging.WARNING, "predecessor died", pid=pid, interrupted=interrupted)
+        else:
+            log(logging.INFO, "predecessor ended", pid=pid)
+
+    async def _until_done(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do what must be done, however long the ledger fails."""
+        while True:
+            try:
+                await work()
+                return
+            except (StorageUnavailable, OSError, sqlite3.Error) as error:
+                log(logging.ERROR, "predecessor not followed", **shown_error(error))
+                await asyncio.sleep(RETRY_SECONDS)
+
+    def abort(self, keys: Collection[str], owner_id: str) -> None:
+        """Abort what it has in flight for keys, and background responses of a key or an account."""
+        self._send(Abort(list(keys), owner_id))
+
+    def end(self) -> None:
+        """Abort all that it has in flight."""
+        self._send(End())
+
+    def _send(self, message: Abort | End) -> None:
+        task = asyncio.create_task(self._send_if_open(message))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _send_if_open(self, message: Abort | End) -> None:
+        with contextlib.suppress(ChannelClosed):  # it has ended
+            await self._channel.send(message)
+
+    def leave(self) -> tuple[EarlierState, list[int]]:
+        """Return its state for the process that takes over from this one, and the files that go
+        with it. It does not count here any more; nothing may be handled meanwhile."""
+        unread, files = self._channel.unread
+        state = EarlierState(self.predecessor.state, unread, len(files))
+        self.predecessor.release()
+        return state, [self._channel.socket.fileno(), *files]
+
+    def take_back(self, gateway: Gateway, left: EarlierState) -> None:
+        """Undo `leave`."""
+        self.predecessor = Predecessor(gateway, left.state)
+        self.keys = self.predecessor.keys
+
+    def paused(self) -> asyncio.Lock:
+        """Return the lock within which nothing is handled."""
+        return self._handling
+
+    def close(self) -> None:
+        """Close the channel here: another process has it now."""
+        self._channel.close()
+
+
+class Predecessors:
+    """All processes that this one has taken over from and that have not ended."""
+
+    def __init__(self, gateway: Gateway, adopt: Adopt, on_alone: Callable[[], None]) -> None:
+        """`on_alone` is called when the last of them has ended."""
+        self._gateway = gateway
+        self._adopt = adopt
+        self._on_alone = on_alone
+        self._following: dict[PredecessorChannel, asyncio.Task[None]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._following)
+
+    def add(self, channel: PredecessorChannel) -> None:
+        """Follow one of them until it ends."""
+        self._gateway.in_flight.elsewhere.append(channel)
+        task = asyncio.create_task(self._follow(channel), name="predecessor")
+        self._following[channel] = task
+
+    async def _follow(self, channel: PredecessorChannel) -> None:
+        await channel.follow(self._adopt)
+        self._remove(channel)
+        if not self._following:
+            self._on_alone()
+
+    def _remove(self, channel: PredecessorChannel) -> None:
+        self._gateway.in_flight.elsewhere.remove(channel)
+        del self._following[channel]
+
+    def end(self) -> None:
+        """Let all of them abort what they have in flight."""
+        for channel in self._following:
+            channel.end()
+
+    async def leave(self) -> list[tuple[PredecessorChannel, EarlierState, list[int]]]:
+        """Stop following them. Return each with what another process needs to follow it."""
+        left = []
+        for channel, task in list(self._following.items()):
+            async with channel.paused():
+                task.cancel()
+                self._remove(channel)
+                left.append((channel, *channel.leave()))
+        return left
+
+    def take_back(self, left: list[tuple[PredecessorChannel, EarlierState, list[int]]]) -> None:
+        """Undo `leave`."""
+        for channel, state, _ in left:
+            channel.take_back(self._gateway, state)
+            self.add(channel)
+
+
+def earlier_channels(
+    gateway: Gateway, earlier: list[EarlierState], files: list[int]
+) -> list[PredecessorChannel]:
+    """Return the channels to processes that the one before this one has followed. `files` came with
+    its state."""
+    found = []
+    for each in earlier:
+        own, files = files[: each.files + 1], files[each.files + 1 :]
+        channel = Channel(socket.socket(fileno=own[0]), each.unread, own[1:])
+        found.append(PredecessorChannel(gateway, channel, each.state))
+    for file in files:
+        os.close(file)
+    return found
