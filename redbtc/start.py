@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
-LATER = (signal.SIGHUP, signal.SIGUSR2)  # signals for a process that serves
+WHEN_SERVING = (signal.SIGHUP, signal.SIGUSR2)  # signals for a process that serves
 
 PR_SET_DUMPABLE = 4  # of prctl(2)
 MAX_END_SECONDS = 10  # until a process has ended, after which it is killed
@@ -31,7 +31,7 @@ def prepare() -> None:
     and SIGHUP and SIGUSR2 wait. No core is dumped. No garbage is collected: loading the program
     makes hardly any."""
     _open_standard_descriptors()
-    signal.pthread_sigmask(signal.SIG_BLOCK, LATER)
+    signal.pthread_sigmask(signal.SIG_BLOCK, WHEN_SERVING)
     for number in ENDING:
         _handlers[number] = signal.signal(number, _end)
     _forbid_core_dumps()
@@ -82,7 +82,7 @@ def _resume() -> None:
     """Collect garbage, and deliver SIGHUP and SIGUSR2, also if they have come since `prepare`."""
     if _collects:
         gc.enable()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, LATER)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WHEN_SERVING)
 
 
 def end_soon(status: int) -> None:

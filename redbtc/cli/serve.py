@@ -68,7 +68,7 @@ class ServeOptions(NamedTuple):
     as_json: bool
 
 
-class Joining(Protocol):
+class TakingOver(Protocol):
     """The process that this one takes over from, as far as opening the ledger needs it."""
 
     files: JoinedFiles | None  # None: that process ends first
@@ -99,7 +99,7 @@ async def open_service(
     options: ServeOptions,
     process: Process,
     listeners: list[socket.socket],
-    joining: Joining | None,
+    joining: TakingOver | None,
 ) -> Service:
     """Open the ledger, however long that takes, and say that the gateway serves. With `joining`,
     take over from another process. Raises UserError."""
@@ -181,7 +181,7 @@ async def open_ledger(
     stack: contextlib.AsyncExitStack,
     options: ServeOptions,
     process: Process,
-    joining: Joining | None,
+    joining: TakingOver | None,
 ) -> Billing:
     """Open the ledger, and publish what is new of the documents. Try again for as long as its disk
     is full or does not answer, and whenever a damaged file has been replaced. With `joining`, open

@@ -47,8 +47,7 @@ class AdmittedRequest(ForwardedRequest, Running):
     background: BackgroundResponse | None = None  # its response, if that outlives the request
     _memory: Releasable
     _candidates: Candidates[Upstream] | None = None  # it has a place at one of them, perhaps
-    is_held = False
-    is_free = False  # nothing is billed, whatever the answer reports
+    is_held = is_free = False  # free: nothing is billed, whatever the answer reports
     _is_unfinished = False  # whether it is counted as an unfinished background response
 
     def __init__(

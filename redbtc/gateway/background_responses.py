@@ -8,7 +8,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 from redbtc.billing.billing import Billing
 from redbtc.billing.spending import Hold
@@ -89,6 +89,13 @@ class UnfinishedCount:
         self.change(account_id, -1)
 
 
+class Left(Protocol):
+    """The responses that are left to another process."""
+
+    def add(self, response: BackgroundResponse) -> None:
+        """Leave a response, whose request is over."""
+
+
 class BackgroundResponses:
     """The background responses that have not been seen to end."""
 
@@ -112,13 +119,12 @@ class BackgroundResponses:
         self._upstreams = upstreams
         self._telemetry = telemetry
         self._speeds = speeds
-        self._responses: dict[str, BackgroundResponse] = {}
+        self.responses: dict[str, BackgroundResponse] = {}
         self.unfinished = UnfinishedCount()
         self._asking = asyncio.Semaphore(MAX_ASKING)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
         self._on_task_end = on_task_end
-        self._leaves = False  # another process asks for what outlives its request
-        self._left: list[str] = []
+        self.left: Left | None = None  # None: this process asks for what outlives its request
 
     async def resume(self, except_for: Collection[str] = ()) -> None:
         """Take up what an earlier process left, but not the responses with these ids. Raises
@@ -168,67 +174,27 @@ class BackgroundResponses:
         response.note_status(report.status)
         if written := self._save_if_changed(response):
             await written
-        if self._leaves:
-            self._leave_to_other(response)
-        else:
+        if self.left is None:
             self._start(self._ask_until_ended(response))
+        else:
+            self.left.add(response)
         return False
-
-    # Another process takes over
-
-    async def leave_all(self) -> None:
-        """Leave the responses to another process, those whose requests are in flight when these are
-        over. Return once all that have ended are written."""
-        self._leaves = True
-        asking = self._tasks.difference(self._settling())
-        for task in asking:
-            task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
-        await asyncio.gather(*self._settling())
-        for response in list(self._responses.values()):
-            if response.stage is Stage.ALONE:
-                self._leave_to_other(response)
-        self._left.clear()  # the other process finds these in the ledger
-
-    def _settling(self) -> set[asyncio.Task[None]]:
-        return {each.settling for each in self._responses.values() if each.settling}
-
-    def _leave_to_other(self, response: BackgroundResponse) -> None:
-        response.hold.release()
-        self._remove(response)
-        self._left.append(response.row.response_id or "")
-
-    async def keep_all(self) -> None:
-        """Undo `leave_all`: no other process has taken over. Raises StorageUnavailable,
-        sqlite3.Error."""
-        self._leaves = False
-        await self.resume(self.followed())
-
-    def followed(self) -> set[str]:
-        """Return the ids of the responses whose requests are in flight."""
-        return set(self._responses)
-
-    def take_left(self) -> list[str]:
-        """Return the ids of the responses that were left to the other process since the last
-        call."""
-        left, self._left = self._left, []
-        return left
 
     def add_reader(self, response_id: str, report: Report) -> None:
         """Count what this report meters as sent to a reader."""
-        if response := self._responses.get(response_id):
+        if response := self.responses.get(response_id):
             response.add_reader(report)
 
     def ignore_reader(self, response_id: str, report: Report) -> None:
         """Ignore what a reader was sent: it was another response."""
-        if response := self._responses.get(response_id):
+        if response := self.responses.get(response_id):
             response.ignore_reader(report)
 
     async def finish_reader(self, response_id: str, report: Report, shown: bool) -> None:
         """Note that a reader has been sent all that it will get. If `shown` and the report tells of
         the end, return once the row is settled. Events can tell of an old status: they begin with
         the response."""
-        if response := self._responses.get(response_id):
+        if response := self.responses.get(response_id):
             response.remove_reader(report)
             if shown:
                 await self._settle_if_ended(response, report)
@@ -242,7 +208,7 @@ class BackgroundResponses:
     async def save_progress(self, now: float) -> None:
         """Keep what readers of unfinished responses have been sent so far, in case the process is
         killed. `now` is by the monotonic clock."""
-        async for response in with_turns(list(self._responses.values())):
+        async for response in with_turns(list(self.responses.values())):
             if response.update_if_due(now):
                 self._save_if_changed(response)
 
@@ -255,29 +221,30 @@ class BackgroundResponses:
 
     def _add(self, response: BackgroundResponse) -> None:
         """Register the response, unless an upstream has given its id to an earlier one."""
-        self._responses.setdefault(response.row.response_id or "", response)
+        self.responses.setdefault(response.row.response_id or "", response)
 
-    def _remove(self, response: BackgroundResponse) -> None:
+    def remove(self, response: BackgroundResponse) -> None:
+        """Forget a response: its row is settled, or another process asks for it."""
         response_id = response.row.response_id or ""
-        if self._responses.get(response_id) is response:
-            del self._responses[response_id]
+        if self.responses.get(response_id) is response:
+            del self.responses[response_id]
         self.unfinished.remove(response.row.account_id)
 
     def set_back(self, at: int) -> None:
         """Let each have begun at `at` if it began later: the ledger's time is set back."""
-        for response in self._responses.values():
+        for response in self.responses.values():
             response.set_back(at)
 
     def __contains__(self, response_id: str) -> bool:
         """Return whether the response has not ended, or its settled row is not committed yet."""
-        return response_id in self._responses
+        return response_id in self.responses
 
     def cancel(self, owner_id: str) -> int:
         """Begin to cancel the unfinished responses of a key or an account at the upstreams. Return
         how many of them outlive their request."""
         running = [
             each
-            for each in self._responses.values()
+            for each in self.responses.values()
             if owner_id in (each.row.key_id, each.row.account_id) and not each.has_ended
         ]
         for each in running:
@@ -304,12 +271,12 @@ class BackgroundResponses:
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work, name="background responses")
-        self._tasks.add(task)
+        self.tasks.add(task)
         task.add_done_callback(self._done)
         return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        self.tasks.discard(task)
         self._on_task_end(task)
 
     async def _write(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
@@ -323,29 +290,13 @@ class BackgroundResponses:
         parts = response.finish(report, outcome, speed, maximum)
         parts = await count_containers(self._containers, row, report, parts)
         response.bill(parts, self._billing)
-        self._own(response, report, maximum)
+        own_ended(self._objects, response, report, maximum)
         correction_facts = response.correction_facts
         # As in MeteredRequest: nothing else is awaited between `bill` and this.
         with self._corrections.keep_held(row, response.hold, correction_facts):
             await end_background(self._store, row, correction_facts)
-        self._remove(response)
+        self.remove(response)
         self._telemetry.settled(row)
-
-    def _own(self, response: BackgroundResponse, report: Report, maximum: MaximumUsage) -> None:
-        """Record the objects that the finished response names as the account's, with their tokens,
-        except for ids that the client may have chosen."""
-        row, objects, chosen = response.row, self._objects, response.chosen
-        response_id = row.response_id or ""
-        made = list(dict.fromkeys((response_id, *report.made)))
-        if chosen is None:
-            location = None
-            with contextlib.suppress(StorageUnavailable):
-                location = objects.location_of(response_id, row.account_id)
-            if not (location and location.minted_input):
-                made = [response_id] if location else []
-        made = [each for each in made if hash(each) not in (chosen or ())]
-        location, usage = ObjectLocation(row.upstream), inheritable_usage(row, maximum)
-        objects.own_each(locations_of(made, report, location, usage, row.usage), row.account_id)
 
     async def _ask_until_ended(self, response: BackgroundResponse) -> None:
         pause, unknown = FIRST_PAUSE, 0
@@ -395,3 +346,22 @@ class BackgroundResponses:
             if written := self._save_if_changed(response):
                 await written
         return status
+
+
+def own_ended(
+    objects: Objects, response: BackgroundResponse, report: Report, maximum: MaximumUsage
+) -> None:
+    """Record the objects that the finished response names as the account's, with their tokens,
+    except for ids that the client may have chosen."""
+    row, chosen = response.row, response.chosen
+    response_id = row.response_id or ""
+    made = list(dict.fromkeys((response_id, *report.made)))
+    if chosen is None:
+        location = None
+        with contextlib.suppress(StorageUnavailable):
+            location = objects.location_of(response_id, row.account_id)
+        if not (location and location.minted_input):
+            made = [response_id] if location else []
+    made = [each for each in made if hash(each) not in (chosen or ())]
+    location, usage = ObjectLocation(row.upstream), inheritable_usage(row, maximum)
+    objects.own_each(locations_of(made, report, location, usage, row.usage), row.account_id)

@@ -14,7 +14,7 @@ from redbtc.server.listening import Server
 from redbtc.telemetry import log
 
 STOPPING_SECONDS = 10  # for the rows of what is aborted when the process ends
-LOOK_SECONDS = 0.05  # between two looks whether something is in flight
+DRAIN_LOOK_SECONDS = 0.05  # between two looks whether something is in flight
 
 
 class Others(Protocol):
@@ -63,4 +63,4 @@ async def wait_while(gateway: Gateway, holds: Callable[[], bool], seconds: float
     deadline = time.monotonic() + seconds
     while holds() and time.monotonic() < deadline:
         gateway.store.give_up_if_failing()
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(DRAIN_LOOK_SECONDS)

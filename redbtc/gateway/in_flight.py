@@ -14,7 +14,7 @@ from redbtc.store.keys import Key
 
 
 class Elsewhere(Protocol):
-    """What is in flight in another process that this one has taken over from."""
+    """The requests in flight in another process that this one has taken over from."""
 
     keys: dict[str, int]  # how much can be aborted, by key
 

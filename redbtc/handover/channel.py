@@ -19,9 +19,9 @@ from typing import Any
 
 import msgspec
 
-from redbtc.handover.messages import Message
+from redbtc.handover.messages import HandoverMessage
 
-HEAD = struct.Struct("!IH")
+FRAME_HEAD = struct.Struct("!IH")
 MAX_FILES = 200  # in one message; Linux takes 253
 READ_BYTES = 256 << 10
 
@@ -41,14 +41,14 @@ class Channel:
         self._files = deque(files)
         self._sending = asyncio.Lock()
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Message)
+        self._decoder = msgspec.msgpack.Decoder(HandoverMessage)
         end.setblocking(False)
 
-    async def send(self, message: Message, files: Sequence[int] = ()) -> None:
+    async def send(self, message: HandoverMessage, files: Sequence[int] = ()) -> None:
         """Send a message with at most MAX_FILES open files, which stay open here. Raises
         ChannelClosed."""
         content = self._encoder.encode(message)
-        data = memoryview(HEAD.pack(len(content), len(files)) + content)
+        data = memoryview(FRAME_HEAD.pack(len(content), len(files)) + content)
         async with self._sending:
             try:
                 while files:
@@ -75,13 +75,13 @@ class Channel:
 
     def take(self) -> tuple[Any, list[int]] | None:
         """Return the next message that has arrived, and its files; None if it is not whole."""
-        if len(self._received) < HEAD.size:
+        if len(self._received) < FRAME_HEAD.size:
             return None
-        size, count = HEAD.unpack_from(self._received)
-        end = HEAD.size + size
+        size, count = FRAME_HEAD.unpack_from(self._received)
+        end = FRAME_HEAD.size + size
         if len(self._received) < end:
             return None
-        message = self._decoder.decode(memoryview(self._received)[HEAD.size : end])
+        message = self._decoder.decode(memoryview(self._received)[FRAME_HEAD.size : end])
         del self._received[:end]
         return message, [self._files.popleft() for _ in range(count)]
 

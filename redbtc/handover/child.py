@@ -13,7 +13,7 @@ from redbtc.errors import UserError
 
 VARIABLE = "REDBTC_HANDOVER"  # the descriptors of the channel and of standard error
 KEPT_BYTES = 8 << 10  # of what the process has written to standard error
-END_SECONDS = 10  # for a process that is told to end
+CHILD_END_SECONDS = 10  # for a process that is told to end
 
 
 class NotTakenOver(UserError):
@@ -67,11 +67,11 @@ class Child:
         without those of the log. Blocks."""
         self._process.terminate()
         try:
-            status = self._process.wait(END_SECONDS)
+            status = self._process.wait(CHILD_END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
-        self._reader.join(END_SECONDS)
+        self._reader.join(CHILD_END_SECONDS)
         lines = [each.strip() for each in self._said.decode(errors="replace").splitlines()]
         said = [each for each in lines if each and not each.startswith("{")]
         if said:

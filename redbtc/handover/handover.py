@@ -23,7 +23,7 @@ RESTART_SECONDS = 30.0  # for requests in flight, if the ledger has to be migrat
 
 
 class Handover:
-    """What a process takes over and hands over, at most one reload at a time."""
+    """The handovers of a process, at most one reload at a time."""
 
     def __init__(
         self,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from redbtc.errors import StorageUnavailable, UserError
 from redbtc.gateway.gateway import Gateway
-from redbtc.gateway.handover.predecessors import read_again, restore
-from redbtc.gateway.handover.state import State
+from redbtc.gateway.handover.predecessors import read_again, restore_limits
+from redbtc.gateway.handover.state import GatewayState
 from redbtc.handover.channel import Channel, ChannelClosed
 from redbtc.handover.child import VARIABLE
-from redbtc.handover.messages import Moved, NeedsRestart, Offer, Ready, Restart, Serving
+from redbtc.handover.messages import Moved, NeedsRestart, Offer, Ready, Restart, Serves
 from redbtc.handover.predecessors import Adopt, PredecessorChannel, earlier_channels
 from redbtc.store.opening import JoinedFiles, SchemaChanges
 from redbtc.store.trial import try_migration
@@ -88,15 +88,15 @@ class Joining:
         try:
             await self._channel.send(Ready(program_version()))
             state, files = await self._channel.receive()
-            assert isinstance(state, State)
-            restore(gateway, state)
+            assert isinstance(state, GatewayState)
+            restore_limits(gateway, state)
             await read_again(gateway.billing)
             earlier = earlier_channels(gateway, state.earlier, files)
             last = PredecessorChannel(gateway, self._channel, state.in_flight)
             self._channels = [*earlier, last]
             self.followed.update(*(each.predecessor.followed for each in self._channels))
             await gateway.store.begin_run()
-            await self._channel.send(Serving())
+            await self._channel.send(Serves())
         except ChannelClosed:
             raise gone() from None
         except (StorageUnavailable, sqlite3.Error, OSError) as error:

@@ -4,12 +4,12 @@ different versions of this program: unknown fields are ignored, and new ones nee
     old process                                new process
     Offer (locks, listeners) ────────────────►
                              ◄──────────────── Ready, or NeedsRestart
-    State ───────────────────────────────────►
-                             ◄──────────────── Serving
-    Moved (connections), Report … ───────────►
-                             ◄──────────────── Abort, End
+    GatewayState ───────────────────────────────────►
+                             ◄──────────────── Serves
+    Moved (connections), InFlightReport … ───────────►
+                             ◄──────────────── AbortElsewhere, EndElsewhere
 
-After NeedsRestart, Restart takes the place of State, and only Moved follows. A new process that
+After NeedsRestart, Restart takes the place of GatewayState, and only Moved follows. A new process that
 can't serve ends: what it has written to standard error says why.
 """
 
@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import msgspec
 
-from redbtc.gateway.handover.state import Report, State
+from redbtc.gateway.handover.state import GatewayState, InFlightReport
 
 
 class Offer(msgspec.Struct, tag=True):
-    """What the new process needs to open the ledger beside the old one. Its files are the two locks
-    of the database, the file whose locks are turns to write, the listeners, and the listener of the
-    socket for commands if `has_admin`."""
+    """The things that the new process needs to open the ledger beside the old one. Its files are
+    the two locks of the database, the file whose locks are turns to write, the listeners, and the
+    listener of the socket for commands if `has_admin`."""
 
     database: str  # path
     listeners: int
@@ -47,7 +47,7 @@ class Restart(msgspec.Struct, tag=True):
     """The old process ends before long. The new one is to open the ledger after that."""
 
 
-class Serving(msgspec.Struct, tag=True):
+class Serves(msgspec.Struct, tag=True):
     """The new process has the state, and serves from now on."""
 
 
@@ -57,15 +57,26 @@ class Moved(msgspec.Struct, tag=True):
     received: list[bytes]  # by connection, what has arrived and was not served
 
 
-class Abort(msgspec.Struct, tag=True):
+class AbortElsewhere(msgspec.Struct, tag=True):
     """Abort what is in flight for keys, and the background responses of a key or an account."""
 
     keys: list[str]
     owner_id: str
 
 
-class End(msgspec.Struct, tag=True):
+class EndElsewhere(msgspec.Struct, tag=True):
     """Abort all that is in flight."""
 
 
-Message = Offer | Ready | NeedsRestart | State | Restart | Serving | Moved | Report | Abort | End
+HandoverMessage = (
+    Offer
+    | Ready
+    | NeedsRestart
+    | GatewayState
+    | Restart
+    | Serves
+    | Moved
+    | InFlightReport
+    | AbortElsewhere
+    | EndElsewhere
+)

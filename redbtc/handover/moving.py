@@ -8,8 +8,9 @@ import os
 from redbtc.handover.channel import MAX_FILES, Channel
 from redbtc.handover.messages import Moved
 from redbtc.server.connections import Connections
+from redbtc.server.leaving import LeftConnection, leave, stay
 from redbtc.server.listening import Server
-from redbtc.server.protocol import HTTPProtocol, LeftConnection
+from redbtc.server.protocol import HTTPProtocol
 
 MAX_MOVED_BYTES = 1 << 20  # of what was received, in one message
 
@@ -33,7 +34,7 @@ class LeavingConnections:
                 self._take(each)
 
     def _take(self, protocol: HTTPProtocol) -> None:
-        if left := protocol.leave():
+        if left := leave(protocol):
             self._left.append(left)
             if left.task:
                 self._ending.add(left.task)
@@ -68,4 +69,4 @@ class LeavingConnections:
         self._left.clear()
         for protocol in list(self._server.server_state.connections):
             if isinstance(protocol, HTTPProtocol):
-                protocol.go_on()
+                stay(protocol)

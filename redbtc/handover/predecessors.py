@@ -13,12 +13,12 @@ from collections.abc import Awaitable, Callable, Collection
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.handover.predecessors import Predecessor
-from redbtc.gateway.handover.state import EarlierState, InFlightState, Report
+from redbtc.gateway.handover.state import EarlierState, InFlightReport, InFlightState
 from redbtc.handover.channel import Channel, ChannelClosed
-from redbtc.handover.messages import Abort, End, Moved
+from redbtc.handover.messages import AbortElsewhere, EndElsewhere, Moved
 from redbtc.telemetry import log, shown_error
 
-RETRY_SECONDS = 1.0  # before what an ended process has left is seen to again
+FOLLOW_RETRY_SECONDS = 1.0  # before what an ended process has left is seen to again
 
 Adopt = Callable[[int, bytes], Awaitable[None]]  # serves a connection
 
@@ -49,7 +49,7 @@ class PredecessorChannel:
         if isinstance(message, Moved):
             for file, received in zip(files, message.received, strict=True):
                 await adopt(file, received)
-        elif isinstance(message, Report):
+        elif isinstance(message, InFlightReport):
             await self._until_done(lambda: self.predecessor.note(message))
 
     async def _finish(self) -> None:
@@ -70,22 +70,22 @@ class PredecessorChannel:
                 return
             except (StorageUnavailable, OSError, sqlite3.Error) as error:
                 log(logging.ERROR, "predecessor not followed", **shown_error(error))
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(FOLLOW_RETRY_SECONDS)
 
     def abort(self, keys: Collection[str], owner_id: str) -> None:
         """Abort what it has in flight for keys, and background responses of a key or an account."""
-        self._send(Abort(list(keys), owner_id))
+        self._send(AbortElsewhere(list(keys), owner_id))
 
     def end(self) -> None:
         """Abort all that it has in flight."""
-        self._send(End())
+        self._send(EndElsewhere())
 
-    def _send(self, message: Abort | End) -> None:
+    def _send(self, message: AbortElsewhere | EndElsewhere) -> None:
         task = asyncio.create_task(self._send_if_open(message))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
-    async def _send_if_open(self, message: Abort | End) -> None:
+    async def _send_if_open(self, message: AbortElsewhere | EndElsewhere) -> None:
         with contextlib.suppress(ChannelClosed):  # it has ended
             await self._channel.send(message)
 
@@ -112,7 +112,7 @@ class PredecessorChannel:
 
 
 class Predecessors:
-    """All processes that this one has taken over from and that have not ended."""
+    """The processes that this one has taken over from and that have not ended."""
 
     def __init__(self, gateway: Gateway, adopt: Adopt, on_alone: Callable[[], None]) -> None:
         """`on_alone` is called when the last of them has ended."""

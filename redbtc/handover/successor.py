@@ -12,12 +12,21 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple, TypeVar
 
 from redbtc.errors import StorageUnavailable
+from redbtc.gateway.background_leaving import LeftResponses
 from redbtc.gateway.gateway import Gateway
-from redbtc.gateway.handover.telling import Reporter, state_of
+from redbtc.gateway.handover.telling import Reporter, state_to_tell
 from redbtc.gateway.service import Service
 from redbtc.handover.channel import Channel, ChannelClosed
 from redbtc.handover.child import Child, NotTakenOver
-from redbtc.handover.messages import Abort, End, NeedsRestart, Offer, Ready, Restart, Serving
+from redbtc.handover.messages import (
+    AbortElsewhere,
+    EndElsewhere,
+    NeedsRestart,
+    Offer,
+    Ready,
+    Restart,
+    Serves,
+)
 from redbtc.handover.moving import LeavingConnections
 from redbtc.handover.predecessors import PredecessorChannel, Predecessors
 from redbtc.server.connections import Connections
@@ -28,7 +37,7 @@ from redbtc.store.turns import new_turns
 T = TypeVar("T")
 
 START_SECONDS = 120  # for the new process to be ready
-STEP_SECONDS = 10  # for each further step
+HANDOVER_SECONDS = 10  # for each further step
 REPORT_SECONDS = 0.02  # between two reports, unless looking for changes takes long:
 REPORT_SHARE = 0.02  # of the time may be spent on it
 
@@ -133,10 +142,10 @@ class Successor:
             async with contextlib.AsyncExitStack() as undo:
                 await self._stop_admitting(undo)
                 await self._share(undo)
-                async with self._ended_on_failure(STEP_SECONDS, "it did not serve"):
+                async with self._ended_on_failure(HANDOVER_SECONDS, "it did not serve"):
                     await self._channel.send(self._state, self._state_files)
                     answer, _ = await self._channel.receive()
-                    assert isinstance(answer, Serving)
+                    assert isinstance(answer, Serves)
                 undo.pop_all()
         except (StorageUnavailable, OSError) as error:
             await self.abandon()
@@ -149,7 +158,7 @@ class Successor:
     async def hand_over_at_the_end(self) -> None:
         """Let the process open the ledger when this one has ended, and take connections until then.
         Raises NotTakenOver, and then this process goes on as before."""
-        async with self._ended_on_failure(STEP_SECONDS, "it did not answer"):
+        async with self._ended_on_failure(HANDOVER_SECONDS, "it did not answer"):
             await self._channel.send(Restart())
         self._parts.server.stop_accepting()
         self._leaving = LeavingConnections(self._parts.server, self._parts.connections)
@@ -170,27 +179,28 @@ class Successor:
         sessions = list(self._gateway.websockets)
         for session in sessions:
             session.move()
-        deadline = time.monotonic() + STEP_SECONDS
+        deadline = time.monotonic() + HANDOVER_SECONDS
         while any(each.has_waiting for each in sessions) and time.monotonic() < deadline:
             await asyncio.sleep(0.001)
         if not await leaving.until_ended(max(0.0, deadline - time.monotonic())):
-            raise NotTakenOver(f"a request could not be moved within {STEP_SECONDS} s")
+            raise NotTakenOver(f"a request could not be moved within {HANDOVER_SECONDS} s")
 
     async def _share(self, undo: contextlib.AsyncExitStack) -> None:
         """Stop what only one process may do, begin to write in turns, and take the state."""
         parts, gateway = self._parts, self._gateway
         undo.callback(parts.service.start_sole_tasks)
         parts.service.stop_sole_tasks()
-        undo.push_async_callback(gateway.background.keep_all)
-        await gateway.background.leave_all()
+        background = LeftResponses(gateway.background)
+        undo.push_async_callback(background.take_back)
+        await background.begin()
         undo.callback(self._take_back_ledger)
         gateway.store.share(self._turns)
         await gateway.request_log.share(self._turns)
         left = await parts.predecessors.leave()
         undo.callback(parts.predecessors.take_back, left)
-        self._state = state_of(gateway, [each for _, each, _ in left])
+        self._state = state_to_tell(gateway, background, [each for _, each, _ in left])
         self._state_files = [file for _, _, files in left for file in files]
-        self._reporter = Reporter(gateway, self._state.in_flight)
+        self._reporter = Reporter(gateway, background, self._state.in_flight)
         self._left = [channel for channel, _, _ in left]
 
     def _take_back_ledger(self) -> None:
@@ -220,7 +230,7 @@ class Successor:
             await asyncio.sleep(max(REPORT_SECONDS, took / REPORT_SHARE))
 
     async def report(self) -> None:
-        """Report what has changed, and hand over the connections that can be. Raises
+        """InFlightReport what has changed, and hand over the connections that can be. Raises
         ChannelClosed."""
         assert self._leaving is not None
         if self._reporter and (report := self._reporter.report()):
@@ -229,16 +239,16 @@ class Successor:
         await self._leaving.send(self._channel)
 
     async def finish(self) -> None:
-        """Report for the last time: nothing is in flight any more."""
+        """InFlightReport for the last time: nothing is in flight any more."""
         with contextlib.suppress(ChannelClosed):
             await self.report()
 
     async def _listen(self) -> None:
         while True:
             message, _ = await self._channel.receive()
-            if isinstance(message, Abort):
+            if isinstance(message, AbortElsewhere):
                 for key_id in message.keys:
                     self._gateway.in_flight.abort_key(key_id)
                 self._gateway.background.cancel(message.owner_id)
-            elif isinstance(message, End):
+            elif isinstance(message, EndElsewhere):
                 self._gateway.stop()

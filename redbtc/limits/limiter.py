@@ -15,7 +15,7 @@ from redbtc.store.keys import Key
 
 # An account's own limits of concurrency, requests and tokens; None: the default from config.toml.
 OwnLimits = tuple[int | None, int | None, int | None]
-ACCOUNT, KEY = "account", "key"  # in the names of counters
+OF_ACCOUNT, OF_KEY = "account", "key"  # in the names of counters
 MAX_WAITING_REQUESTS = 1000  # of an account's requests, for places or for memory
 
 
@@ -83,16 +83,16 @@ class Limiter:
         """Return all counters, with the names by which `counters_named` finds them."""
         yield "", self._all
         for account_id, counters in self._accounts.items():
-            yield f"{ACCOUNT} {account_id}", counters
+            yield f"{OF_ACCOUNT} {account_id}", counters
         for key_id, counters in self._keys.items():
-            yield f"{KEY} {key_id}", counters
+            yield f"{OF_KEY} {key_id}", counters
 
     def counters_named(self, name: str) -> LimitCounters:
         """Return the counters of a name. They are made if there are none."""
         kind, _, owner = name.partition(" ")
-        if kind == ACCOUNT:
+        if kind == OF_ACCOUNT:
             return self._account(owner)
-        return self._key(owner) if kind == KEY else self._all
+        return self._key(owner) if kind == OF_KEY else self._all
 
     def small_frames(self, key: Key) -> Bucket:
         """Return the rate of small WebSocket frames of the key's account."""

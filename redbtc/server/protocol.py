@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.server import ServerState
@@ -42,14 +41,6 @@ MAX_LINGER = 4 << 20  # bytes that are thrown away after the last response
 WRITE_SECONDS = 300  # for the client to read from a full write buffer while the app runs
 
 
-class LeftConnection(NamedTuple):
-    """A connection that is left to another process."""
-
-    file: int  # its socket, for the caller to close
-    received: bytes  # that was not served
-    task: asyncio.Task[None] | None  # that ends the request here, if one had begun
-
-
 class HTTPProtocol(asyncio.Protocol):
     """One client's connection. Each scope holds a ClientRequest, to which the app adds the key when
     it has found the key to be valid."""
@@ -63,8 +54,7 @@ class HTTPProtocol(asyncio.Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         received: bytes | None = None,
     ) -> None:
-        """`received` are the bytes that another process has received on the connection and has not
-        served, if it has left the connection to this one."""
+        """`received` are the bytes that another process has received and not served, if any."""
         self._connections = connections
         self._config = config
         self._server_state = server_state
@@ -72,9 +62,9 @@ class HTTPProtocol(asyncio.Protocol):
         self._app = cast(App, config.loaded_app)
         self._loop = asyncio.get_running_loop()
         self.head: HeadReader | None = None  # while a head arrives
-        self._cycle: RequestCycle | None = None  # while the app runs or a body is read
+        self.cycle: RequestCycle | None = None  # while the app runs or a body is read
         self._continuing = False  # the bytes that were kept are parsed in the next turn of the loop
-        self._on_leave: set[Callable[[], None]] = set()  # called when the client disconnects
+        self.on_leave: set[Callable[[], None]] = set()  # called when the client disconnects
         self._received = received
 
     # What asyncio calls
@@ -86,28 +76,27 @@ class HTTPProtocol(asyncio.Protocol):
         self._server = _address(transport.get_extra_info("sockname"))
         self._client = _address(transport.get_extra_info("peername"))
         self._server_state.connections.add(cast(Any, self))
-        is_new, received = self._received is None, self._received or b""
-        self.connection.enter("idle", HEAD_SECONDS if is_new else KEEP_ALIVE_SECONDS)
+        received, self._received = self._received, None
+        self.connection.enter("idle", HEAD_SECONDS if received is None else KEEP_ALIVE_SECONDS)
         self._connections.add(self.connection, len(self._server_state.connections))
-        self._received = None
         if received:
             self._stream.kept = received
-            self._continue()
+            self.continue_soon()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         self.connection.closed = True
-        if self._cycle and self._cycle.ends_by_closing and self._cycle.complete:
+        if self.cycle and self.cycle.ends_by_closing and self.cycle.complete:
             self._stream.reset_when_closed(self._stream.lost or exc is not None)
         self._stream.forget()
-        if self._cycle:
-            self._cycle.wake()
-        for leave in list(self._on_leave):
+        if self.cycle:
+            self.cycle.wake()
+        for leave in list(self.on_leave):
             leave()
         # Break reference cycles, so that memory is freed without waiting for the garbage collector.
         if self.head:
             self.head.close()
-        self.head = self._cycle = None
+        self.head = self.cycle = None
 
     def _forget(self) -> None:
         self._server_state.connections.discard(cast(Any, self))
@@ -115,7 +104,7 @@ class HTTPProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         stream = self._stream
-        if stream.kept or (stream.writing_paused and self._cycle is None):
+        if stream.kept or (stream.writing_paused and self.cycle is None):
             self._keep(stream.kept + data)  # the client must read its responses first
         else:
             self._take(data)
@@ -128,48 +117,16 @@ class HTTPProtocol(asyncio.Protocol):
         self.connection.limit_serving(math.inf)
         self._stream.resume_writing()
         if self._stream.kept:
-            self._continue()
+            self.continue_soon()
 
     def shutdown(self) -> None:
         """Close the connection, after the response that is under way if there is one."""
-        if self.connection.state == "serving" and self._cycle:
-            self._cycle.keep_alive = False
+        if self.connection.state == "serving" and self.cycle:
+            self.cycle.keep_alive = False
         elif self.connection.state == "discarding":
             self.connection.close(whole=False)
         elif self.connection.state != "closing":
             self._stream.close()
-
-    def leave(self) -> LeftConnection | None:
-        """Leave the connection to another process, if no response is under way or unread. A request
-        that is not admitted yet ends here, without an answer: the other process serves it. Return
-        None where the connection has to stay."""
-        stream, connection, received = self._stream, self.connection, None
-        if connection.closed or self._transport.is_closing() or stream.has_unsent:
-            return None
-        if connection.state == "idle":
-            received = b""
-        elif connection.state == "head" and self.head:
-            received = self.head.received
-        elif connection.state == "serving" and self._cycle:
-            received = self._cycle.rebuilt()
-        if received is None:
-            return None
-        left = LeftConnection(
-            os.dup(self._transport.get_extra_info("socket").fileno()),
-            received + stream.kept,
-            self._cycle.task if self._cycle else None,
-        )
-        self._on_leave.clear()
-        if left.task:
-            left.task.cancel()
-        connection.closed = True
-        self._transport.abort()
-        return left
-
-    def go_on(self) -> None:
-        """Serve what has arrived while `Connections.on_idle` was set."""
-        if self.connection.state == "idle" and self._stream.kept:
-            self._continue()
 
     # Reading
 
@@ -177,7 +134,8 @@ class HTTPProtocol(asyncio.Protocol):
         """Keep bytes until the current response is complete, or until the next turn of the loop."""
         self._stream.keep(data, pause=self.connection.state != "serving")
 
-    def _continue(self) -> None:
+    def continue_soon(self) -> None:
+        """Parse the bytes that were kept, in the next turn of the loop."""
         if not self._continuing:
             self._continuing = True
             self._loop.call_soon(self._take_kept)
@@ -188,7 +146,7 @@ class HTTPProtocol(asyncio.Protocol):
             return
         if data := self._stream.take_kept():
             self._take(data)
-        if not (self._cycle and self._cycle.is_full):
+        if not (self.cycle and self.cycle.is_full):
             self._stream.resume_reading()
 
     def _take(self, data: bytes) -> None:
@@ -203,7 +161,7 @@ class HTTPProtocol(asyncio.Protocol):
             connection.enter("head", HEAD_SECONDS)
         if connection.state == "head" and self.head:
             data = self._take_head(self.head, data)
-        cycle = self._cycle
+        cycle = self.cycle
         is_endless = cycle and type(cycle.framing) is Endless
         if connection.state == "closing" or is_endless:
             connection.discard(len(data), MAX_LINGER)
@@ -247,7 +205,7 @@ class HTTPProtocol(asyncio.Protocol):
         elif rest:
             self._keep(rest)
             if not cycle.framing.whole:
-                self._continue()
+                self.continue_soon()
 
     # From head to response
 
@@ -275,9 +233,9 @@ class HTTPProtocol(asyncio.Protocol):
         self, scope: Scope, framing: Framing, keep_alive: bool, refusal: Refusal | None = None
     ) -> None:
         cycle = RequestCycle(
-            self.connection, scope, framing, keep_alive, self._answered, refusal, self._on_leave
+            self.connection, scope, framing, keep_alive, self._answered, refusal, self.on_leave
         )
-        self.head, self._cycle = None, cycle
+        self.head, self.cycle = None, cycle
         self.connection.enter("serving")
         task = cycle.task = self._loop.create_task(self._run(cycle))
         tasks = self._server_state.tasks
@@ -309,12 +267,12 @@ class HTTPProtocol(asyncio.Protocol):
 
     def _next(self) -> None:
         """Wait for the next request, or begin with one whose first bytes have arrived already."""
-        self._cycle = None
+        self.cycle = None
         self.connection.enter("idle", KEEP_ALIVE_SECONDS)
         if self._connections.on_idle:
             self._connections.on_idle(self)
         elif self._stream.kept:
-            self._continue()
+            self.continue_soon()
         else:
             self._stream.resume_reading()
 

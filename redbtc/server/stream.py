@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 
@@ -97,6 +98,16 @@ class ClientStream:
         return bool(self._head) or self.unsent_bytes > 0
 
     # Ending
+
+    @property
+    def is_closing(self) -> bool:
+        """Return whether the connection is about to end."""
+        return self._transport.is_closing()
+
+    def copy(self) -> int:
+        """Return an open file of the connection's socket. The connection stays open as long as the
+        file is."""
+        return os.dup(self._transport.get_extra_info("socket").fileno())
 
     def close(self) -> None:
         """Close the connection once all that is buffered has been sent."""

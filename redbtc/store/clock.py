@@ -107,7 +107,7 @@ class LedgerClock:
 
     @property
     def state(self) -> tuple[int, ...]:
-        """What another process on the same machine needs to go on with the same time."""
+        """The values that another process on the same machine needs to go on with the same time."""
         self.now()
         return (self._latest, self._followed, self._believed, self._watched, self._judged_at)
 

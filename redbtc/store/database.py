@@ -23,24 +23,15 @@ from typing import Any, TypeVar
 
 from redbtc.errors import Conflict, StorageUnavailable
 from redbtc.locations import joined_models
-from redbtc.store.backup import complete_restore
 from redbtc.store.clock import LedgerClock
 from redbtc.store.commits import BEAT, Commits
 from redbtc.store.failures import LedgerDamaged, is_corrupt, no_log, opening_error, reason_of
-from redbtc.store.files import FileChanged, OpenFiles, lock_database, take_lock_file
-from redbtc.store.opening import (
-    Migrated,
-    Serving,
-    check_pages,
-    configure,
-    has_wal,
-    migrate,
-    refuse_incomplete,
-)
+from redbtc.store.files import FileChanged, OpenFiles
+from redbtc.store.opening import Migrated, Serving, claim, claim_joined, configure, migrate
 from redbtc.store.readers import Readers
-from redbtc.store.spill import Spill, left_spills
+from redbtc.store.spill import Spill
 from redbtc.store.takeover import interruption, interruption_of, latest_time, write_owed
-from redbtc.store.turns import LEDGER, Turns
+from redbtc.store.turns import LEDGER, WriteTurns
 from redbtc.store.wal import WalFile
 from redbtc.store.writer import SQLStatement, Writer
 
@@ -124,21 +115,9 @@ class Store:
         synchronous: str,
         serving: Serving | None,
     ) -> Store:
-        spill, left, replaced = Spill(path), list[Spill](), None
         joined = serving.joined if serving else None
-        if joined:
-            lock_file, file = joined.lock_file, joined.database
-            stack.callback(os.close, lock_file)
-            stack.callback(os.close, file)
-        else:
-            lock_file = stack.enter_context(take_lock_file(path))
-            replaced = complete_restore(path)
-            left = left_spills(path)
-            refuse_incomplete(path, [spill, *left])
-            file = stack.enter_context(lock_database(path))
-            is_unclean = spill.exists() or left or has_wal(path)
-            if serving and serving.check_seconds and is_unclean:
-                await check_pages(path, serving)
+        claimed = claim_joined(stack, joined) if joined else await claim(stack, path, serving)
+        spill, file = Spill(path), claimed.database
         writer = Writer(path, synchronous)
         await stack.enter_async_context(writer)
         if serving:
@@ -153,16 +132,16 @@ class Store:
         commits = Commits(path, writer, spill, clock.now, serving.log if serving else no_log)
         stack.push_async_callback(end, commits, spill)
         if joined:
-            writer.turns = Turns(joined.turns, LEDGER)
+            writer.turns = WriteTurns(joined.turns, LEDGER)
         readers = await Readers.open(stack, path, commits.check_error)
         wal = WalFile(path, file, writer, commits, readers)
         store = cls(path, writer, commits, readers, clock, wal)
-        store.migrated, store.replaced = migrated, replaced
-        store.locks, store._spill = (lock_file, file), spill
+        store.migrated, store.replaced = migrated, claimed.replaced
+        store.locks, store._spill = (claimed.lock_file, file), spill
         if joined:
             store.secret = await writer.value(SECRET)
         else:
-            await store._prepare([*left, spill], serving)
+            await store._prepare([*claimed.spills, spill], serving)
         writer.files = OpenFiles(path)
         return store
 
@@ -192,7 +171,7 @@ class Store:
     def share(self, turns: int) -> None:
         """From now on, wait for a turn before each write: another process begins to write as well,
         and gets the spill file. `turns` is a file of new_turns. Raises OSError."""
-        self._writer.turns = Turns(turns, LEDGER)
+        self._writer.turns = WriteTurns(turns, LEDGER)
         self._spill.use(Spill(self.path, str(os.getpid())))
 
     def write_alone(self) -> None:

@@ -4,6 +4,7 @@ what durability depends on, and bring its tables up to date."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -14,12 +15,12 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from redbtc.errors import UserError
-from redbtc.store.backup import Damaged, back_up_before_migration
+from redbtc.store.backup import Damaged, back_up_before_migration, complete_restore
 from redbtc.store.checks import PageCheck
 from redbtc.store.failures import LedgerDamaged, LogFunction
-from redbtc.store.files import Identity, identity_of
+from redbtc.store.files import Identity, identity_of, lock_database, take_lock_file
 from redbtc.store.schema import APPLICATION_ID, migrations, schema
-from redbtc.store.spill import Spill
+from redbtc.store.spill import Spill, left_spills
 from redbtc.store.wal import KEPT_WAL_BYTES, file_size, wal_of
 from redbtc.store.writer import Writer
 
@@ -66,6 +67,37 @@ class Serving(Struct, eq=False):
     # file that was copied before its migration, with the path of the copy.
     checked: Identity | None = None
     copied: tuple[Identity | None, str] | None = None
+
+
+class Claimed(NamedTuple):
+    """The open files of the locks of a database, the spill files that earlier processes have left,
+    and the database that a restore has replaced."""
+
+    lock_file: int
+    database: int
+    spills: list[Spill]
+    replaced: Path | None
+
+
+async def claim(stack: contextlib.AsyncExitStack, path: Path, serving: Serving | None) -> Claimed:
+    """Lock the database until the end of `stack`, finish a restore, and refuse a database that is
+    not whole. Raises DatabaseInUse, UserError, OSError."""
+    lock_file = stack.enter_context(take_lock_file(path))
+    replaced = complete_restore(path)
+    spill, left = Spill(path), left_spills(path)
+    refuse_incomplete(path, [spill, *left])
+    file = stack.enter_context(lock_database(path))
+    is_unclean = spill.exists() or left or has_wal(path)
+    if serving and serving.check_seconds and is_unclean:
+        await check_pages(path, serving)
+    return Claimed(lock_file, file, left, replaced)
+
+
+def claim_joined(stack: contextlib.AsyncExitStack, joined: JoinedFiles) -> Claimed:
+    """Use the locks of another process until the end of `stack`."""
+    stack.callback(os.close, joined.lock_file)
+    stack.callback(os.close, joined.database)
+    return Claimed(joined.lock_file, joined.database, [], None)
 
 
 def has_wal(database: Path) -> bool:

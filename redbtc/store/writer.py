@@ -14,7 +14,7 @@ import aiosqlite
 
 from redbtc.store.files import OpenFiles
 from redbtc.store.remnants import zero_gaps
-from redbtc.store.turns import Turns
+from redbtc.store.turns import WriteTurns
 
 SQLStatement = tuple[str, Sequence[Any]]  # SQL and its values
 
@@ -41,7 +41,7 @@ class Writer(DatabaseConnection):
         """`synchronous` is the setting for transactions that must survive a power loss."""
         super().__init__(lambda: sqlite3.connect(database, isolation_level=None), 64)
         self.files: OpenFiles | None = None  # checked before each transaction
-        self.turns: Turns | None = None  # while another process writes as well
+        self.turns: WriteTurns | None = None  # while another process writes as well
         self._durable = synchronous
         self._synchronous = ""  # the present setting
 

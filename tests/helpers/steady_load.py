@@ -221,8 +221,8 @@ class SteadyLoad:
 
     async def _turn(self, socket: Any, model: str, seconds: float) -> bool:
         """Make a turn. Return False if the client was told to connect anew."""
+        seconds *= random.random() ** 3
         body = {"type": "response.create", "model": model, "input": [], "seconds": seconds}
-        body["seconds"] *= random.random() ** 3
         begun = False
         try:
             await socket.send(json.dumps(body))

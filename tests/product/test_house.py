@@ -59,7 +59,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "demo": BASE | {"refusals", "request_body"},
 }
 MAY_IMPORT["gateway"] = frozenset(MAY_IMPORT) - {"start", "demo"}
-MAY_IMPORT["cli"] = frozenset(MAY_IMPORT)
+MAY_IMPORT["handover"] = frozenset(MAY_IMPORT) - {"start", "demo", "dashboard"}
+MAY_IMPORT["cli"] = frozenset(MAY_IMPORT) - {"handover"}
 MAY_IMPORT["redbtc_proxy"] = frozenset(MAY_IMPORT)
 MAY_IMPORT["__main__"] = frozenset(("start", "redbtc_proxy"))
 # Libraries that only some rooms know, or that some rooms must not know.
@@ -67,7 +68,7 @@ ASGI = ("starlette", "uvicorn")
 KNOWS_ASGI = {"server", "gateway", "dashboard", "admin", "demo", "redbtc_proxy"}
 NO_IO = ("asyncio", "aiosqlite", "sqlite3", "socket", "httpx2", "starlette", "uvicorn")
 SQL = ("aiosqlite", "sqlite3")
-KNOWS_SQL = {"store", "billing", "admin", "gateway", "cli"}
+KNOWS_SQL = {"store", "billing", "admin", "gateway", "handover", "cli"}
 FILES = sorted((ROOT / "redbtc").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in [*FILES, ROOT / "redbtc_proxy.py"]}
 

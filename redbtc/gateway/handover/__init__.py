@@ -1,4 +1,4 @@
-"""What a gateway tells the one that takes over from it.
+"""The state that a gateway tells the one that takes over from it.
 
 When a new process takes over, the old one still finishes its requests. Both hold to the same
 limits: `state.py` describes what the old one knows and the ledger does not, `telling.py` takes that

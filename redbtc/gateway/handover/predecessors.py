@@ -9,12 +9,18 @@ from typing import TypeVar
 
 from redbtc.billing.billing import Billing
 from redbtc.gateway.gateway import Gateway
-from redbtc.gateway.handover.state import Amounts, BucketState, InFlightState, Report, State
+from redbtc.gateway.handover.state import (
+    Amounts,
+    BucketState,
+    GatewayState,
+    InFlightReport,
+    InFlightState,
+)
 from redbtc.limits.buckets import Bucket
 from redbtc.store.requests import costs_of
 
 
-def restore(gateway: Gateway, state: State) -> None:
+def restore_limits(gateway: Gateway, state: GatewayState) -> None:
     """Go on with the limits and totals of the process that this one takes over from."""
     now = time.monotonic()
     gateway.store.clock.go_on_with(state.clock)
@@ -35,8 +41,8 @@ def restore_bucket(bucket: Bucket, state: BucketState, now: float) -> None:
 
 
 class Predecessor:
-    """What a process has in flight that this one has taken over from. It counts in the limits, the
-    holds and the list of requests that a revoked key aborts."""
+    """The requests in flight of a process that this one has taken over from. They count in the
+    limits, the holds and the list of requests that a revoked key aborts."""
 
     def __init__(self, gateway: Gateway, state: InFlightState) -> None:
         self.pid = state.pid
@@ -51,7 +57,7 @@ class Predecessor:
         self._growth: Amounts = {}
         self._unfinished: Amounts = {}
         self._take(
-            Report(
+            InFlightReport(
                 places=state.places,
                 upstreams=state.upstreams,
                 held=state.held,
@@ -66,7 +72,7 @@ class Predecessor:
 
     @property
     def state(self) -> InFlightState:
-        """What it has in flight now."""
+        """The state of what it has in flight now."""
         return InFlightState(
             pid=self.pid,
             places=dict(self._places),
@@ -80,7 +86,7 @@ class Predecessor:
             followed=self.followed,
         )
 
-    async def note(self, report: Report) -> None:
+    async def note(self, report: InFlightReport) -> None:
         """Bring everything up to date with a report. Raises StorageUnavailable, sqlite3.Error."""
         gateway = self._gateway
         if report.changed:
@@ -89,7 +95,7 @@ class Predecessor:
         self._take(report)
         gateway.billing.messages.wakeup.set()  # there may be some
 
-    def _take(self, report: Report) -> None:
+    def _take(self, report: InFlightReport) -> None:
         gateway = self._gateway
         limiter, totals = gateway.limiter, gateway.billing.totals
         for name, (requests, tokens) in report.drawn.items():
@@ -98,17 +104,17 @@ class Predecessor:
             counters.tokens.charge(tokens)
         for payer, more in report.spent.items():
             totals.spend(payer, more)
-        for payer, by in changes(self._held, report.held):
+        for payer, by in bring_up_to_date(self._held, report.held):
             totals.hold(payer, by)
-        for name, by in changes(self._places, report.places):
+        for name, by in bring_up_to_date(self._places, report.places):
             limiter.counters_named(name).places.change(by)
-        for name, by in changes(self._upstreams, report.upstreams):
+        for name, by in bring_up_to_date(self._upstreams, report.upstreams):
             gateway.upstreams.change_in_flight(name, by)
-        for name, by in changes(self._growth, report.growth):
+        for name, by in bring_up_to_date(self._growth, report.growth):
             gateway.objects.stop_growing({name: -by})
-        for name, by in changes(self._unfinished, report.unfinished):
+        for name, by in bring_up_to_date(self._unfinished, report.unfinished):
             gateway.background.unfinished.change(name, by)
-        changes(self.keys, report.keys)
+        bring_up_to_date(self.keys, report.keys)
         self.rows = (self.rows | report.begun) - report.ended
         self._billed = (self._billed | report.billed) & self.rows
         if report.followed is not None:
@@ -127,7 +133,7 @@ class Predecessor:
     def release(self) -> None:
         """Count nothing of it here any more."""
         self._take(
-            Report(
+            InFlightReport(
                 places=dict.fromkeys(self._places, 0),
                 upstreams=dict.fromkeys(self._upstreams, 0),
                 held=dict.fromkeys(self._held, 0),
@@ -146,12 +152,13 @@ async def read_again(billing: Billing) -> None:
     billing.totals.read_payments()
 
 
-Name = TypeVar("Name", bound=Hashable)
+AnyName = TypeVar("AnyName", bound=Hashable)
 
 
-def changes(before: dict[Name, int], now: dict[Name, int]) -> list[tuple[Name, int]]:
-    """Bring the amounts `before` up to date with those `now`. Return by how much each has
-    changed."""
+def bring_up_to_date(
+    before: dict[AnyName, int], now: dict[AnyName, int]
+) -> list[tuple[AnyName, int]]:
+    """Bring the amounts `before` up to date with those `now`; return by how much each changes."""
     found = [(name, amount - before.get(name, 0)) for name, amount in now.items()]
     before.update(now)
     for name, amount in now.items():

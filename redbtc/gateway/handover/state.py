@@ -25,7 +25,7 @@ class CounterState(msgspec.Struct, array_like=True):
 
 
 class SpendingState(msgspec.Struct, array_like=True):
-    """What an account or a key has paid and spent, in nanos, without what it holds."""
+    """The amounts that an account or a key has paid and spent, in nanos, without what it holds."""
 
     paid: int
     cost: int
@@ -35,7 +35,7 @@ class SpendingState(msgspec.Struct, array_like=True):
 
 
 class InFlightState(msgspec.Struct):
-    """What is in flight in a process."""
+    """The state of what is in flight in a process."""
 
     pid: int
     places: Amounts = {}  # by the name of the counters
@@ -50,16 +50,16 @@ class InFlightState(msgspec.Struct):
 
 
 class EarlierState(msgspec.Struct):
-    """What is in flight in a process that this one has taken over from."""
+    """The state of what is in flight in a process that this one has taken over from."""
 
     state: InFlightState
     unread: bytes  # of its channel
     files: int  # that were received with them
 
 
-class State(msgspec.Struct, tag=True):
-    """What a process knows and the ledger does not. With it go the channels of `earlier`, each
-    followed by the files that were received over it."""
+class GatewayState(msgspec.Struct, tag=True):
+    """The state that a process has in memory and not in the ledger. With it go the channels of
+    `earlier`, each followed by the files that were received over it."""
 
     clock: tuple[int, ...]
     counters: dict[str, CounterState]  # by name, see Limiter.counters
@@ -69,8 +69,8 @@ class State(msgspec.Struct, tag=True):
     earlier: list[EarlierState]
 
 
-class Report(msgspec.Struct, tag=True, omit_defaults=True):
-    """What has changed since the last report. Amounts are the present ones, except in `drawn` and
+class InFlightReport(msgspec.Struct, tag=True, omit_defaults=True):
+    """The changes since the last report. Amounts are the present ones, except in `drawn` and
     `spent`, which are to be added."""
 
     places: Amounts = {}

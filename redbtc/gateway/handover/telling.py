@@ -7,26 +7,29 @@ import time
 from collections.abc import Hashable
 from typing import TypeVar
 
+from redbtc.gateway.background_leaving import LeftResponses
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.handover.state import (
     BucketState,
     CounterState,
     EarlierState,
+    GatewayState,
+    InFlightReport,
     InFlightState,
     Payer,
-    Report,
     SpendingState,
-    State,
 )
 from redbtc.limits.buckets import Bucket
 
-Name = TypeVar("Name", bound=Hashable)
+AmountName = TypeVar("AmountName", bound=Hashable)
 
 
-def state_of(gateway: Gateway, earlier: list[EarlierState]) -> State:
+def state_to_tell(
+    gateway: Gateway, left: LeftResponses, earlier: list[EarlierState]
+) -> GatewayState:
     """Return the state of a gateway that admits no more requests."""
     now, billing = time.monotonic(), gateway.billing
-    return State(
+    return GatewayState(
         clock=gateway.store.clock.state,
         counters={
             name: CounterState(
@@ -42,7 +45,7 @@ def state_of(gateway: Gateway, earlier: list[EarlierState]) -> State:
             )
             for payer, each in billing.totals.known()
         },
-        in_flight=in_flight_state(gateway),
+        in_flight=in_flight_state(gateway, left),
         moved_sessions=gateway.upstreams.moved.known(),
         earlier=earlier,
     )
@@ -53,7 +56,7 @@ def bucket_state(bucket: Bucket, now: float) -> BucketState:
     return BucketState(bucket.limit, bucket.level(now))
 
 
-def in_flight_state(gateway: Gateway) -> InFlightState:
+def in_flight_state(gateway: Gateway, left: LeftResponses) -> InFlightState:
     """Return what is in flight in this process."""
     counters, totals = gateway.limiter.counters(), gateway.billing.totals.known()
     members = [each for each in gateway.upstreams if each.health.in_flight]
@@ -67,7 +70,7 @@ def in_flight_state(gateway: Gateway) -> InFlightState:
         unfinished=gateway.background.unfinished.by_account(),
         rows={each.row.request_id for each in gateway.in_flight.with_row},
         billed={each.row.request_id for each in gateway.in_flight.with_row if each.row.month},
-        followed=gateway.background.followed(),
+        followed=left.followed(),
     )
 
 
@@ -75,19 +78,21 @@ class Reporter:
     """Finds what has changed in a process since its state was taken. Requests in flight are not
     slowed down: the amounts that they keep anyway are compared with those of the last report."""
 
-    def __init__(self, gateway: Gateway, told: InFlightState) -> None:
+    def __init__(self, gateway: Gateway, left: LeftResponses, told: InFlightState) -> None:
         """`told` is the state that the other process was told."""
         self._gateway = gateway
+        self._left = left
         self._told = told
         self._drawn = self._drawn_now()
         self._cost = self._cost_now()
         self._changes = gateway.store.changes
 
-    def report(self) -> Report | None:
+    def report(self) -> InFlightReport | None:
         """Return what has changed, None if nothing has."""
-        gateway, before, now = self._gateway, self._told, in_flight_state(self._gateway)
+        gateway, before = self._gateway, self._told
+        now = in_flight_state(gateway, self._left)
         drawn, cost, changes = self._drawn_now(), self._cost_now(), gateway.store.changes
-        report = Report(
+        report = InFlightReport(
             places=changed(before.places, now.places),
             drawn=self._more_drawn(drawn),
             upstreams=changed(before.upstreams, now.upstreams),
@@ -104,11 +109,11 @@ class Reporter:
             ended=before.rows - now.rows,
             billed=now.billed - before.billed,
             followed=None if now.followed == before.followed else now.followed,
-            left=gateway.background.take_left(),
+            left=self._left.take_new(),
             changed=changes != self._changes,
         )
         self._told, self._drawn, self._cost, self._changes = now, drawn, cost, changes
-        return None if report == Report() else report
+        return None if report == InFlightReport() else report
 
     def _drawn_now(self) -> dict[str, tuple[float, float]]:
         return {
@@ -128,7 +133,7 @@ class Reporter:
         return {payer: each.cost for payer, each in self._gateway.billing.totals.known()}
 
 
-def changed(before: dict[Name, int], now: dict[Name, int]) -> dict[Name, int]:
+def changed(before: dict[AmountName, int], now: dict[AmountName, int]) -> dict[AmountName, int]:
     """Return the present amounts that differ from those before; 0 for those that are gone."""
     found = {name: amount for name, amount in now.items() if before.get(name) != amount}
     return found | {name: 0 for name in before if name not in now}

@@ -80,6 +80,27 @@ class Lane:
         self.stream_id = stream_id
         self.waiting: deque[QueuedRequest] = deque()
         self.turn: Turn | None = None
+        self.task: asyncio.Task[None] | None = None  # that serves them
+        self._is_moving = False
+
+    @property
+    def has_waiting(self) -> bool:
+        """Return whether a request is not admitted yet."""
+        return bool(self.waiting or (self.turn and not self.turn.response.is_held))
+
+    def move(self) -> None:
+        """Cancel the task that serves the lane where its request is not admitted yet. The task goes
+        on with the next request if it asks `goes_on`."""
+        if self.task and self.turn and not self.turn.response.is_held:
+            self._is_moving = True
+            self.task.cancel()
+
+    def goes_on(self) -> bool:
+        """Return whether `move` has cancelled the task, which then is not cancelled any more."""
+        is_moving, self._is_moving = self._is_moving, False
+        if is_moving and self.task:
+            self.task.uncancel()
+        return is_moving
 
 
 class Lanes:
@@ -111,6 +132,16 @@ class Lanes:
         lane = self._lanes[stream_id] = Lane(stream_id)
         lane.waiting.append(request)
         return lane
+
+    @property
+    def have_waiting(self) -> bool:
+        """Return whether a request of any lane is not admitted yet."""
+        return any(lane.has_waiting for lane in self._lanes.values())
+
+    def move(self) -> None:
+        """Cancel the requests that are not admitted yet, as Lane.move does."""
+        for lane in self._lanes.values():
+            lane.move()
 
     @property
     def are_connecting(self) -> bool:

@@ -78,7 +78,7 @@ async def serve_websocket(
     charge_handshake(gateway.limiter.small_frames(key))
     with counted_session(gateway, key.account_id):
         session = WebSocketSession(gateway, handshake, key, receive, send)
-        gateway.websockets.add(session.runner)
+        gateway.websockets.add(session)
         try:
             with gateway.in_flight.abortable(key, handshake.client.abort):
                 await session.run()
@@ -86,7 +86,7 @@ async def serve_websocket(
             raise ClientLeft from None
         finally:
             await session.end()
-            gateway.websockets.discard(session.runner)
+            gateway.websockets.discard(session)
 
 
 def charge_handshake(small_frames: Bucket) -> None:
@@ -134,7 +134,7 @@ class WebSocketSession:
         self._upstream_events = UpstreamEvents(
             gateway, handshake, key, sender, self._lanes, objects, self._tasks
         )
-        self.runner = TurnRunner(
+        self._runner = TurnRunner(
             gateway, handshake, sender, self._lanes, self._upstream_events, objects, self._tasks
         )
         self._client_events = ClientEvents(
@@ -144,7 +144,7 @@ class WebSocketSession:
             self._intake.reservation,
             sender,
             self._lanes,
-            self.runner,
+            self._runner,
             objects,
         )
 
@@ -154,9 +154,9 @@ class WebSocketSession:
         socket = await self._upstream_events.first_socket()
         await self._sender.accept(self._headers(socket.connection))
         if self._gateway.draining:
-            self.runner.expire()
+            self.expire()
         settings, loop = socket.upstream.settings, self._gateway.deadlines.loop
-        expiry = loop.call_later(settings.total_timeout_seconds, self.runner.expire)
+        expiry = loop.call_later(settings.total_timeout_seconds, self._runner.expire)
         self._reader = asyncio.create_task(self._read_frames())
         try:
             with self._sender.aborting_unread(settings.idle_timeout_seconds):
@@ -190,6 +190,21 @@ class WebSocketSession:
         if header(headers, b"x-request-id") is None:
             headers.append((b"x-request-id", request_id))
         return [*headers, (b"x-redbtc-request-id", request_id)]
+
+    def expire(self) -> None:
+        """Begin no more requests. Close the connection when those in flight have ended."""
+        self._runner.expire()
+
+    def move(self) -> None:
+        """Do what `expire` does, and refuse requests that are not admitted yet: the client is to
+        connect to another process."""
+        self._lanes.move()
+        self.expire()
+
+    @property
+    def has_waiting(self) -> bool:
+        """Return whether a request is not admitted yet."""
+        return self._lanes.have_waiting
 
     async def end(self) -> None:
         """End what is left of the session: the client is gone, or it was refused."""

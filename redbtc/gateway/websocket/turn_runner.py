@@ -63,37 +63,19 @@ class TurnRunner:
         self._upstream_events = upstream_events
         self._objects = objects
         self._tasks = tasks
-        self._is_expired = self._is_moving = False
-        self._serving: dict[asyncio.Task[None], Lane] = {}
+        self._is_expired = False
 
     def serve(self, event: ClientEvent, admission: Admission, memory: MessageMemory) -> None:
         """Serve a request after those of its lane. Its memory is kept until it has its places.
         Raises Refusal."""
         if lane := self._lanes.queue(event, admission, memory):
-            task = self._tasks.start(self._serve_lane(lane))
-            self._serving[task] = lane
-            task.add_done_callback(self._serving.pop)
+            lane.task = self._tasks.start(self._serve_lane(lane))
 
     def expire(self) -> None:
         """Begin no more requests. Close the connection when those in flight have ended."""
         self._is_expired = True
         if self._lanes.idle and self._sender.opened.is_set():
             self._tasks.start(self._sender.send_error(expired(), None, POLICY_VIOLATION))
-
-    def move(self) -> None:
-        """Do what `expire` does, and refuse requests that are not admitted yet: the client is to
-        connect to another process."""
-        self._is_moving = True
-        for task, lane in self._serving.items():
-            if lane.turn and not lane.turn.response.is_held:
-                task.cancel()
-        self.expire()
-
-    @property
-    def has_waiting(self) -> bool:
-        """Return whether a request is not admitted yet."""
-        lanes = self._serving.values()
-        return any(each.waiting or not (each.turn and each.turn.response.is_held) for each in lanes)
 
     async def _serve_lane(self, lane: Lane) -> None:
         """Serve the requests of a lane until there are no more."""
@@ -108,10 +90,8 @@ class TurnRunner:
             except ClientLeft:
                 telemetry.left(request.id, request.route)
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if not (self._is_moving and task):
+                if not lane.goes_on():
                     raise
-                task.uncancel()
                 await self._sender.refuse(request, expired(), lane.stream_id)
             except Exception as error:
                 telemetry.failed(request.id, request.route, error, request.counted)

@@ -20,7 +20,7 @@ from redbtc.store.request_log.jobs import Job
 from redbtc.store.request_log.recording import Part, PartQueue, Recording
 from redbtc.store.request_log.states import RequestState
 from redbtc.store.request_log.withholding import Secrets
-from redbtc.store.turns import Turns
+from redbtc.store.turns import WriteTurns
 
 GROUP_SECONDS = 0.05  # parts that come within this time are taken out together
 REOPEN_SECONDS = 1.0
@@ -40,7 +40,7 @@ class Worker:
         self.withheld = 0  # requests of which a body was withheld
         self.dropped = 0  # requests of which parts could not be written
         self.file_bytes = 0
-        self.turns: Turns | None = None  # while another process writes the log as well
+        self.turns: WriteTurns | None = None  # while another process writes the log as well
         self.thread = threading.Thread(target=self._run, name="request log", daemon=True)
         self._path = path
         self._queue = queue
