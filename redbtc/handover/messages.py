@@ -4,13 +4,13 @@ different versions of this program: unknown fields are ignored, and new ones nee
     old process                                new process
     Offer (locks, listeners) ────────────────►
                              ◄──────────────── Ready, or NeedsRestart
-    GatewayState ───────────────────────────────────►
+    GatewayState ────────────────────────────►
                              ◄──────────────── Serves
-    Moved (connections), InFlightReport … ───────────►
+    Moved (connections), InFlightReport … ───►
                              ◄──────────────── AbortElsewhere, EndElsewhere
 
-After NeedsRestart, Restart takes the place of GatewayState, and only Moved follows. A new process that
-can't serve ends: what it has written to standard error says why.
+After NeedsRestart, Restart takes the place of GatewayState, and only Moved follows. A new process
+that can't serve ends: its standard error says why.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""WriteTurns to write, for as long as two processes have the ledger open: while one gateway takes over
+"""Turns to write, for as long as two processes have the ledger open: while one gateway takes over
 from another, both write what their requests have used. SQLite before 3.51.3 can lose committed rows
 when two connections write or copy the WAL at the same instant (sqlite.org/wal.html, "The WAL-reset
 bug"), and waits for a lock by polling. So each transaction waits for its turn before it begins.

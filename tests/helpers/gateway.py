@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import httpx2
 import psutil
@@ -84,6 +84,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+class Process(Protocol):
+    """A process, as subprocess.Popen has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float = ..., /) -> int: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
 class Gateway:
     """`settings` is TOML text put before the upstream's table, or the same as nested dicts;
     `upstream_settings` goes into that table. `env` is added to the environment."""
@@ -113,7 +130,8 @@ class Gateway:
         self._env = {**os.environ, "TEST_UPSTREAM_KEY": UPSTREAM_KEY, **env}
         self._env.pop("REDBTC_CONFIG", None)
         self._upstream = (upstream_url, upstream_settings)
-        self.process: subprocess.Popen[bytes] | Forked | None = None
+        self.process: Process | None = None
+        self.past: list[Process] = []  # the processes from which others have taken over
         self.expected_dead = False
         self.configure(settings)
 
@@ -222,6 +240,9 @@ class Gateway:
         """End it, after making sure that it had not ended by itself."""
         if self.process is None:
             return
+        for each in self.past:
+            each.kill()
+            each.wait()
         died = not self.alive() and not self.expected_dead
         if self.alive():
             self.process.send_signal(signal.SIGCONT)

@@ -28,6 +28,7 @@ class CountingUpstream:
         self.served: Counter[str] = Counter()  # by model
         self.at_once: Counter[str] = Counter()
         self.most_at_once: Counter[str] = Counter()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> CountingUpstream:
         self._server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1000)
@@ -37,6 +38,10 @@ class CountingUpstream:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         self._sockets.close()
+        for each in self._writers:
+            each.close()
+        while self._writers:
+            await asyncio.sleep(0.01)
 
     @property
     def url(self) -> str:
@@ -57,6 +62,7 @@ class CountingUpstream:
             self.served[model] += 1
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -78,6 +84,7 @@ class CountingUpstream:
                             b"content-length: %d\r\n\r\n%b" % (len(text), text)
                         )
         writer.close()
+        self._writers.discard(writer)
 
     @staticmethod
     async def _stream(

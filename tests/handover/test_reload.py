@@ -1,0 +1,231 @@
+"""A new process takes over from the running one: `redbtc-proxy reload` and SIGUSR2."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.gateway import ROOT, Gateway, MakeGateway
+from tests.helpers.reloading import reload
+from tests.helpers.steady_load import CountingUpstream, SteadyLoad
+from tests.helpers.upstream import (
+    Received,
+    Reply,
+    Upstream,
+    json_answer,
+    response_object,
+    response_pieces,
+)
+
+pytestmark = pytest.mark.promise_9
+
+RESPONSE = {"model": "m", "input": "Hi"}
+STREAM = {**RESPONSE, "stream": True}
+
+
+def held_until(release: threading.Event) -> Any:
+    """A script that sends the first half of a stream, and the rest once it is released."""
+
+    async def script(request: Received, reply: Reply) -> None:
+        if not request.json().get("stream"):
+            await json_answer(response_object())(request, reply)
+            return
+        pieces = response_pieces(["a", "b"])
+        await reply.head(headers={"content-type": "text/event-stream"})
+        for piece in pieces[:2]:
+            await reply.send(piece)
+        await reply.wait(release)
+        for piece in pieces[2:]:
+            await reply.send(piece)
+        await reply.end()
+
+    return script
+
+
+@pytest.mark.slow
+def test_a_load_that_never_stops_notices_nothing(make_gateway: MakeGateway) -> None:
+    """The promise in small; bench/reload.py has 50 reloads under 200 clients."""
+
+    async def run() -> tuple[SteadyLoad, CountingUpstream, Gateway]:
+        async with CountingUpstream() as upstream:
+            gateway = make_gateway(
+                {
+                    "limits": {"queue_seconds": 120, "account": {"concurrency": 0}},
+                    "upstreams": [
+                        {"name": name, "base_url": url, "models": [models], "api_key_env": ""}
+                        for name, url, models in (
+                            ("http", upstream.url, "h*"),
+                            ("sockets", upstream.socket_url, "w*"),
+                        )
+                    ],
+                }
+            )
+            await asyncio.to_thread(gateway.start)
+            many = await asyncio.to_thread(gateway.new_key, "many")
+            few = await asyncio.to_thread(lambda: gateway.new_key("few", concurrency=2))
+            load = SteadyLoad(gateway.port)
+            load.add("stream", 10, many, "h", seconds=3)
+            load.add("json", 5, many, "h")
+            load.add("connections", 3, many, "h")
+            load.add("websocket", 4, many, "w")
+            load.add("json", 3, few, "h-few")
+            load.add("stream", 3, few, "h-few", seconds=1)
+            await asyncio.sleep(1)
+            for _ in range(6):
+                await asyncio.to_thread(reload, gateway)
+            await load.stop()
+        return load, upstream, gateway
+
+    load, upstream, gateway = asyncio.run(run())
+    assert not load.failed
+    assert load.moved >= 6
+    assert min(load.done.values()) > 10
+    assert upstream.most_at_once["h-few"] == 2
+    rows = gateway.rows()
+    assert Counter(row["requested_model"] for row in rows) == upstream.served
+    assert {(row["outcome"], row["usage_source"]) for row in rows} == {("completed", "upstream")}
+    assert len({row["response_id"] for row in rows}) == len(rows) == load.done.total()
+    assert gateway.run("db", "check").returncode == 0
+
+
+def test_the_old_process_finishes_what_it_has_and_ends_with_0(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    release = threading.Event()
+    upstream.script = held_until(release)
+    with gateway.client(key) as client, client.stream("POST", "/responses", json=STREAM) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        before = reload(gateway)
+        assert gateway.pid != before.pid
+        with gateway.client(key) as other:  # answered by the new process
+            assert other.post("/responses", json=RESPONSE).status_code == 200
+        assert before.poll() is None
+        release.set()
+        assert any("response.completed" in line for line in lines)
+    assert before.wait() == 0
+    assert {row["outcome"] for row in gateway.rows()} == {"completed"}
+    gateway.wait_for_log('"predecessor ended"')
+    assert not list(gateway.folder.glob("*.owed-*"))
+
+
+def whole_answer(connection: socket.socket) -> bytes:
+    """Read an answer with a Content-Length."""
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += connection.recv(65536)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head + body
+
+
+def test_a_connection_goes_on_in_the_new_process(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    """Whether it is idle, or has sent a part of a head or of a body."""
+    text = json.dumps(RESPONSE)
+    request = (
+        f"POST /v1/responses HTTP/1.1\r\nHost: g\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n{text}"
+    ).encode()
+    with gateway.connect() as connection:
+        for part in (request, b""), (request[:20], request[20:]), (request[:-9], request[-9:]):
+            connection.sendall(part[0])
+            time.sleep(0.1)  # its bytes have arrived
+            before = reload(gateway)
+            connection.sendall(part[1])
+            assert whole_answer(connection).startswith(b"HTTP/1.1 200 ")
+            assert before.wait() == 0
+    assert len(upstream.requests) == 3
+
+
+def test_sigusr2_reloads_with_the_settings_on_the_disk(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway().start()
+    key = gateway.new_key()
+    with Upstream() as other:
+        gateway.config.write_text(gateway.config.read_text().replace(upstream.url, other.url))
+        before = gateway.process
+        assert before is not None
+        gateway.expected_dead = True
+        gateway.signal(signal.SIGUSR2)
+        assert before.wait() == 0
+        with gateway.client(key) as client:
+            assert client.post("/responses", json=RESPONSE).status_code == 200
+        assert len(other.requests) == 1
+        assert not upstream.requests
+        os.kill(int(gateway.log().partition('"handed over","pid":')[2].partition("}")[0]), 15)
+
+
+SPOILT = {
+    "settings": ("config.toml", "[server]\nprot = 1\n", "prot"),
+    "code": ("redbtc/admin/api.py", "this is no Python\n", "SyntaxError"),
+    "a crash": ("redbtc/handover/joining.py", "import os; os.abort()\n", "signal 6"),
+    "a port": ("config.toml", '[server]\nhost = "192.0.2.1"\n', "can't listen on 192.0.2.1"),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_new_process_that_cannot_serve_changes_nothing(
+    tmp_path: Path, upstream: Upstream, fork_server: None, spoilt: str
+) -> None:
+    root = tmp_path / "program"
+    copied = ("redbtc", "redbtc_proxy.py", "schema.sql", "config.toml", "prices.toml", "deploy")
+    root.mkdir()
+    for name in copied:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name)
+        else:
+            shutil.copy(ROOT / name, root / name)
+    gateway = Gateway(tmp_path / "gateway", upstream.url, root=root).start()
+    key, release = gateway.new_key(), threading.Event()
+    upstream.script = held_until(release)
+    name, text, reason = SPOILT[spoilt]
+    file = gateway.config if name == "config.toml" else root / name
+    try:
+        with (
+            gateway.client(key) as idle,
+            gateway.client(key) as client,
+            client.stream("POST", "/responses", json=STREAM) as stream,
+        ):
+            lines = stream.iter_lines()
+            next(lines)
+            assert idle.post("/responses", json=RESPONSE).status_code == 200
+            before, kept = gateway.pid, file.read_text()
+            file.write_text(text)
+            done = gateway.run("reload") if name == "config.toml" else run_elsewhere(gateway)
+            assert done.returncode == 1
+            assert reason in done.stderr
+            assert done.stderr.startswith("Error: ")
+            file.write_text(kept)
+            assert gateway.alive()
+            assert gateway.pid == before
+            assert idle.post("/responses", json=RESPONSE).status_code == 200
+            release.set()
+            assert any("response.completed" in line for line in lines)
+        assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 3
+    finally:
+        gateway.kill()
+
+
+def run_elsewhere(gateway: Gateway) -> Any:
+    """Run `reload` with the program of this repository: that of the gateway is spoilt."""
+    own, gateway._script = gateway._script, str(ROOT / "redbtc_proxy.py")
+    try:
+        return gateway.run("reload")
+    finally:
+        gateway._script = own

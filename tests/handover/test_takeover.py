@@ -1,0 +1,187 @@
+"""The state that crosses from the old process to the new one, and accidents on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.handover.test_reload import RESPONSE, STREAM, held_until
+from tests.helpers.gateway import Gateway, MakeGateway, wait_until
+from tests.helpers.reloading import reload
+from tests.helpers.upstream import (
+    Received,
+    Reply,
+    Upstream,
+    json_answer,
+    response_object,
+)
+
+pytestmark = pytest.mark.promise_4
+
+
+class HeldStream:
+    """A stream of which the end is held back."""
+
+    def __init__(self, gateway: Gateway, upstream: Upstream, key: str) -> None:
+        self.release = threading.Event()
+        upstream.script = held_until(self.release)
+        self._client = gateway.client(key)
+        self._stream = self._client.stream("POST", "/responses", json=STREAM)
+
+    def __enter__(self) -> HeldStream:
+        self.response = self._stream.__enter__()
+        self.lines = self.response.iter_lines()
+        next(self.lines)
+        return self
+
+    def finish(self) -> str:
+        """Let it end, and return the rest of it."""
+        self.release.set()
+        return "".join(self.lines)
+
+    def __exit__(self, *_: object) -> None:
+        self.release.set()
+        self._stream.__exit__(None, None, None)
+        self._client.close()
+
+
+def post(gateway: Gateway, key: str, **more: Any) -> httpx2.Response:
+    with gateway.client(key) as client:
+        return client.post("/responses", json={**RESPONSE, **more})
+
+
+def test_a_place_counts_until_the_old_process_says_that_it_is_free(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway({"limits": {"queue_seconds": 0.1}}).start()
+    key = gateway.new_key(concurrency=1)
+    with HeldStream(gateway, upstream, key) as stream:
+        reload(gateway)
+        reload(gateway)  # a third process counts what is in flight in the first
+        assert post(gateway, key).json()["error"]["code"] == "concurrency_limit_exceeded"
+        assert "response.completed" in stream.finish()
+    wait_until(lambda: post(gateway, key).status_code == 200)
+
+
+def test_rates_go_on(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway().start()
+    key = gateway.new_key(requests_per_minute=2)
+    assert [post(gateway, key).status_code for _ in range(2)] == [200, 200]
+    reload(gateway)
+    assert post(gateway, key).json()["error"]["code"] == "rate_limit_exceeded"
+
+
+PRICED = {
+    "billing": {"unpriced_models": "refuse", "default_credit_limit": "0"},
+}
+
+
+def test_a_hold_counts_until_the_request_has_its_cost(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway(PRICED).start()
+    key = gateway.new_key()
+    gateway.cli("price", "add", "m", "--input", "1", "--output", "1000")
+    gateway.cli("payment", "add", "test", "1.5")
+    more = {"max_output_tokens": 1000}  # at most 1 USD
+    STREAM.update(more)
+    try:
+        with HeldStream(gateway, upstream, key) as stream:
+            reload(gateway)
+            assert post(gateway, key, **more).json()["error"]["code"] == "insufficient_quota"
+            assert "response.completed" in stream.finish()
+    finally:
+        del STREAM["max_output_tokens"]
+    wait_until(lambda: post(gateway, key, **more).status_code == 200)
+    shown = gateway.cli("account", "show", "test")
+    rows = gateway.rows()
+    assert len(rows) == 2
+    spent = sum(round(float(row["cost"]) * 10**9) for row in rows)
+    assert round(float(shown["balance"]) * 10**9) == 1_500_000_000 - spent
+    assert float(shown["held"]) == 0
+
+
+def test_a_compromised_key_cuts_what_the_old_process_has(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    with HeldStream(gateway, upstream, key) as stream:
+        reload(gateway)
+        key_id = gateway.cli("key", "list", "test")["keys"][0]["id"]
+        revoked = gateway.cli("key", "revoke", "--compromised", key_id)
+        assert revoked["cut"] == 1
+        with pytest.raises(httpx2.HTTPError):
+            for _ in stream.lines:
+                pass
+    wait_until(lambda: gateway.row()["outcome"] == "client_disconnected")
+
+
+def saved(gateway: Gateway) -> int:
+    """The number of requests whose progress is saved."""
+    with contextlib.closing(
+        sqlite3.connect(f"{gateway.database.as_uri()}?mode=ro", uri=True)
+    ) as db:
+        (number,) = db.execute("SELECT count(*) FROM unsettled").fetchone()
+    return int(number)
+
+
+def test_a_killed_old_process_leaves_nothing_taken(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway({"limits": {"queue_seconds": 0.1}, **PRICED}).start()
+    key = gateway.new_key(concurrency=1)
+    gateway.cli("price", "add", "m", "--input", "1", "--output", "1000")
+    gateway.cli("payment", "add", "test", "1000")
+    with HeldStream(gateway, upstream, key) as stream:
+        before = reload(gateway)
+        wait_until(lambda: saved(gateway) == 1)  # its progress
+        assert post(gateway, key).json()["error"]["code"] == "concurrency_limit_exceeded"
+        before.kill()
+        before.wait()
+        with pytest.raises(httpx2.HTTPError):
+            for _ in stream.lines:
+                pass
+    gateway.wait_for_log('"predecessor died"')
+    assert post(gateway, key).status_code == 200
+    interrupted, completed = gateway.rows()
+    assert interrupted["outcome"] == "interrupted"
+    assert completed["outcome"] == "completed"
+    shown = gateway.cli("account", "show", "test")
+    assert float(shown["held"]) == 0
+    spent = sum(float(row["cost"] or 0) for row in (interrupted, completed))
+    assert abs(1000 - spent - float(shown["balance"])) < 1e-9
+    assert not list(gateway.folder.glob("*.owed-*"))
+    gateway.restart()
+    assert len(gateway.rows()) == 2
+
+
+def test_a_background_response_is_asked_for_by_the_new_process(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway().start()
+    key, done = gateway.new_key(), threading.Event()
+    asked = 0
+
+    async def script(request: Received, reply: Reply) -> None:
+        nonlocal asked
+        if request.method == "POST":
+            created = response_object("gpt-up", None, "queued") | {"background": True}
+            await json_answer(created)(request, reply)
+            return
+        asked += 1
+        status = "completed" if done.is_set() else "in_progress"
+        answer = response_object("gpt-up", status=status) if done.is_set() else None
+        await json_answer(answer or response_object("gpt-up", None, status))(request, reply)
+
+    upstream.script = script
+    assert post(gateway, key, background=True).status_code == 200
+    before = reload(gateway)
+    assert before.wait() == 0
+    done.set()
+    wait_until(lambda: gateway.row()["outcome"] == "completed")
+    assert gateway.row()["usage_source"] == "upstream"
+    assert len(gateway.rows()) == 1
