@@ -22,7 +22,7 @@ import pytest
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, wait_until
 from tests.helpers.tools import needs
 
-UNITS = "/run/units"  # the only folder with units
+UNITS = "/etc/systemd/system"  # the only folder with units; empty at first
 SYSTEMD = Path("/lib/systemd/systemd")
 SERVICE_LOG = "/run/log"
 LOG_CONF = f"[Service]\nStandardOutput=append:{SERVICE_LOG}\nStandardError=append:{SERVICE_LOG}\n"
@@ -54,9 +54,10 @@ ln -s pts/ptmx dev/ptmx
 mount -t tmpfs -o mode=1777 tmpfs dev/shm
 rm "./$CANARY"
 test -e "$CANARY"
+mount -t tmpfs -o mode=755 tmpfs etc/systemd/system
 mount -t tmpfs -o mode=755 tmpfs run
 mount -t tmpfs -o mode=1777 tmpfs tmp
-mkdir -p run/units opt/python opt/redbtc opt/packages
+mkdir -p opt/python opt/redbtc opt/packages
 mount --bind "./$PYTHON" opt/python
 mount --bind "./$CODE" opt/redbtc
 mount --bind "./$PACKAGES" opt/packages

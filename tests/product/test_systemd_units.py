@@ -14,6 +14,7 @@ import pytest
 from tests.helpers.gateway import ROOT, wait_until
 from tests.helpers.machine import Machine, boot
 from tests.helpers.tools import needs
+from tests.product.test_docs import DOCS, blocks
 
 pytestmark = pytest.mark.promise_9
 
@@ -26,12 +27,6 @@ EXPECTED = re.compile(
     r".*: Failed to parse service type, ignoring: notify-reload"
     r"|.*: Unknown key 'ReloadSignal' in section \[Service\], ignoring\."
 )
-CONFIG = """
-[database]
-path = "/var/lib/redbtc-proxy/redbtc.db"
-[billing]
-unpriced_models = "free"
-"""
 # Calls what redbtc_proxy.py does not call yet: redbtc/systemd.py.
 ANNOUNCE = """
 import asyncio, os, runpy, sys
@@ -74,14 +69,8 @@ def test_the_exposure_is_low(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    units = {name: (DEPLOY / name).read_text() for name in (*UNITS, *BACKUPS)}
-    with boot(tmp_path_factory.mktemp("machine"), units) as running:
-        users = (DEPLOY / "redbtc-proxy.sysusers.conf").read_text()
-        running.write("/etc/sysusers.d/redbtc-proxy.conf", users)
-        running.run("systemd-sysusers", "redbtc-proxy.conf")
-        running.write("/etc/redbtc-proxy/config.toml", CONFIG)
-        running.write("/etc/redbtc-proxy/environment", "OPENAI_API_KEY=sk-secret\n", "600")
-        running.write(f"/run/units/{SERVICE}.d/demo.conf", DEMO)
+    (commands,) = [code for code in blocks(DOCS / "operating.md", "sh") if "sysusers" in code]
+    with boot(tmp_path_factory.mktemp("machine"), {f"{SERVICE}.d/demo.conf": DEMO}) as running:
         running.write("/opt/announce.py", ANNOUNCE)
         wrapper = running.run("cat", "/usr/local/bin/redbtc-proxy").stdout
         wrapper = wrapper.replace("/opt/redbtc/redbtc_proxy.py", "/opt/announce.py")
@@ -90,7 +79,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
             wrapper.replace("PYTHONPATH=", "PYTHONPATH=/opt/redbtc:"),
             "755",
         )
-        running.systemctl("daemon-reload")
+        running.run("sh", "-euc", f"cd /opt/redbtc\n{commands}")
         yield running
 
 
@@ -135,7 +124,7 @@ def test_it_serves_with_all_that_is_forbidden(machine: Machine, key: str) -> Non
     metrics = curl(machine, f"{URL}/metrics")
     assert "process_open_fds" in metrics
     assert "redbtc_ledger_healthy 1.0" in metrics
-    assert "sk-secret" not in machine.log()
+    assert "sk-your-key" not in machine.log()
 
 
 def test_only_its_user_and_root_get_at_its_files(machine: Machine, key: str) -> None:
@@ -167,7 +156,7 @@ def test_it_is_started_again(machine: Machine) -> None:
 
 
 def test_the_watchdog_ends_what_stands_still(machine: Machine) -> None:
-    machine.write(f"/run/units/{SERVICE}.d/watchdog.conf", "[Service]\nWatchdogSec=3\n")
+    machine.write(f"/etc/systemd/system/{SERVICE}.d/watchdog.conf", "[Service]\nWatchdogSec=3\n")
     machine.systemctl("daemon-reload")
     machine.systemctl("restart", SERVICE)
     first = machine.shown(SERVICE, "MainPID")
@@ -181,7 +170,7 @@ def test_the_watchdog_ends_what_stands_still(machine: Machine) -> None:
 
 
 def test_the_port_stays_open_while_the_gateway_does_not_run(machine: Machine) -> None:
-    machine.systemctl("stop", SERVICE)
+    machine.systemctl("stop", SOCKET, SERVICE)
     assert "Failed to connect" in curl(machine, f"{URL}/healthz")
     machine.systemctl("start", SOCKET)
     assert machine.shown(SERVICE, "ActiveState") == "inactive"
