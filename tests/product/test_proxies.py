@@ -62,12 +62,14 @@ def authorized(key: str, **more: str) -> dict[str, str]:
 def test_requests_and_events_pass_at_once(
     proxy: Proxy, gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
-    arrived = threading.Event()
+    arrived = [threading.Event(), threading.Event()]
 
     async def script(_: Received, reply: Reply) -> None:
         await reply.head(200, [("content-type", "text/event-stream")])
         await reply.send(b'data: {"type":"response.created"}\n\n')
-        await reply.wait(arrived)
+        await reply.wait(arrived[0])
+        await reply.send(b'data: {"type":"response.in_progress"}\n\n')
+        await reply.wait(arrived[1])
         await reply.send(b'data: {"type":"response.completed"}\n\n')
         await reply.end()
 
@@ -79,8 +81,9 @@ def test_requests_and_events_pass_at_once(
     ):
         assert answer.http_version == "HTTP/2"
         parts = answer.iter_raw()
-        assert b"created" in next(parts), "the first event passes at once"
-        arrived.set()
+        for name, event in zip((b"created", b"in_progress"), arrived, strict=True):
+            assert name in next(parts), "each event passes at once"
+            event.set()
         assert b"completed" in b"".join(parts)
     assert gateway.row()["outcome"] == "completed"
 
