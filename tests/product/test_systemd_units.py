@@ -69,7 +69,7 @@ def test_the_exposure_is_low(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    (commands,) = [code for code in blocks(DOCS / "operating.md", "sh") if "sysusers" in code]
+    commands = printed("sysusers")
     with boot(tmp_path_factory.mktemp("machine"), {f"{SERVICE}.d/demo.conf": DEMO}) as running:
         running.write("/opt/announce.py", ANNOUNCE)
         wrapper = running.run("cat", "/usr/local/bin/redbtc-proxy").stdout
@@ -199,3 +199,44 @@ def test_a_backup_is_made_every_day(machine: Machine, key: str) -> None:
     assert len(made) == 2
     for line in made:
         assert re.fullmatch(r"600 redbtc-proxy redbtc-\d{8}T\d{6}Z\.db(\.sha256)?", line)
+
+
+def printed(text: str) -> str:
+    """Return the block of commands of docs/operating.md that has this text."""
+    (code,) = [code for code in blocks(DOCS / "operating.md", "sh") if text in code]
+    return code
+
+
+def test_a_restore_is_drilled_as_printed(machine: Machine, key: str) -> None:
+    folder = "/var/lib/redbtc-proxy-backups"
+    account = json.loads(command(machine, "account", "list", "--json"))["accounts"][-1]["name"]
+    command(machine, "account", "log", account, "--days", "3")
+    headers = ["-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json"]
+    body = '{"model": "redbtc-demo", "input": "hello"}'
+    assert '"completed"' in curl(machine, f"{URL}/v1/responses", *headers, "-d", body)
+    row = json.loads(command(machine, "usage", "--json"))["requests"][0]
+    assert row["account"] == account
+    wait_until(lambda: "redbtc_request_log_requests_total 1.0" in curl(machine, f"{URL}/metrics"))
+    command(machine, "db", "backup", folder, "--keep", "3", "--with-request-log")
+    before = machine.shown(SERVICE, "MainPID")
+    said = machine.run("sh", "-euc", printed("drill=$(mktemp")).stdout
+    assert said.count("The database is intact.") == 2
+    assert account in said
+    assert row["started_at"] in said
+    assert machine.shown(SERVICE, "MainPID") == before
+    left = machine.run("ls", folder).stdout.split()
+    assert all(re.fullmatch(r"redbtc-\d{8}T\d{6}Z\.db[a-z0-9_.]*", name) for name in left), left
+    assert any(name.endswith(".request_log.db") for name in left)
+
+
+def test_a_backup_is_restored_as_printed(machine: Machine, key: str) -> None:
+    accounts = json.loads(command(machine, "account", "list", "--json"))["accounts"]
+    machine.systemctl("start", BACKUP)
+    command(machine, "account", "add", "later")
+    machine.run("sh", "-euc", printed("systemctl stop"))
+    assert machine.shown(SERVICE, "ActiveState") == "active"
+    restored = json.loads(command(machine, "account", "list", "--json"))["accounts"]
+    assert [each["name"] for each in restored] == [each["name"] for each in accounts]
+    assert curl(machine, f"{URL}/v1/models", "-H", f"Authorization: Bearer {key}", "-f")
+    owners = machine.run("find", "/var/lib/redbtc-proxy", "!", "-user", "redbtc-proxy").stdout
+    assert owners == "", "the gateway owns all of its files"
