@@ -19,7 +19,7 @@ settings.register_profile(
     "any speed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("any speed")
-STARTING = {"make_gateway", "running", "shared", "house", "browser"}  # fixtures
+STARTING = {"make_gateway", "running", "shared", "house", "browser", "machine"}  # fixtures
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

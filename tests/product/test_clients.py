@@ -546,8 +546,8 @@ EVERY_UPGRADE = 'map $http_upgrade $connection_upgrade { default upgrade; "" "";
 def nginx(
     gateway: Gateway, folder: Path, buffering: str = "off", every_upgrade: bool = False
 ) -> Iterator[int]:
-    """Run nginx as docs/operating.md configures it, or with the common configuration that forwards
-    every Upgrade header. Yield its port."""
+    """Run nginx with what deploy/nginx.conf says of upgrades and buffers, or with the common
+    configuration that forwards every Upgrade header. Yield its port."""
     port = free_port()
     folder.mkdir()
     maps, upgrade = (EVERY_UPGRADE, "$http_upgrade") if every_upgrade else (MAPS, "$websocket")

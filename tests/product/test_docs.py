@@ -23,7 +23,7 @@ from redbtc.cli.main import commands
 from redbtc.config import Settings, parse_settings
 from redbtc.gateway.endpoints import METERED
 from redbtc.refusals import REFUSALS
-from tests.helpers.gateway import ROOT, Gateway, MakeGateway, free_port, wait_until
+from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
 from tests.helpers.tools import needs
 
 MAX_README_LINES = 200
@@ -211,19 +211,6 @@ def test_requests_answer_as_written(make_gateway: MakeGateway, page: Path) -> No
         assert done.returncode == 0, done.stderr
         streamed = done.stdout.endswith("data: [DONE]\n\n")
         assert streamed or json.loads(done.stdout)
-
-
-def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
-    (code,) = blocks(DOCS / "operating.md", "nginx")
-    code = code.replace("443 ssl", str(free_port()))  # there is no certificate
-    temporary = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = "".join(f"{name}_temp_path {tmp_path};\n" for name in temporary)
-    (tmp_path / "nginx.conf").write_text(
-        f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\naccess_log off;\n{paths}{code}}}\n"
-    )
-    command = [needs("nginx"), "-t", "-p", str(tmp_path), "-c", "nginx.conf", "-e", "stderr"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 # ── The contract ─────────────────────────────────────────────────────────────────────────────────

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "slices": frozenset(("steps",)),
     "histogram": frozenset(),
     "start": frozenset(),
+    "systemd": frozenset(("errors",)),
     "times": frozenset(("errors",)),
     "money": frozenset(("errors",)),
     "usage": frozenset(),
