@@ -34,12 +34,11 @@ import gc
 import logging
 import os
 import signal
-import socket
 from typing import Any
 
 from starlette.routing import Route, Router
 
-from redbtc import start
+from redbtc import first_process, start
 from redbtc.admin.http import admin_app, local_actor
 from redbtc.cli import commands
 from redbtc.cli.serve import ServeOptions, open_service
@@ -63,13 +62,14 @@ from redbtc.gateway.stored import stored_routes
 from redbtc.gateway.websocket.session import serve_websocket
 from redbtc.handover.handover import Handover
 from redbtc.handover.joining import Joining
+from redbtc.handover.listeners import Listeners, open_listeners
 from redbtc.headers import header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import App, Receive, Scope, Send, request_of
 from redbtc.server.connections import Connections
 from redbtc.server.cors import CORS
 from redbtc.server.guard import Guard
-from redbtc.server.listening import Server, configured, listen, server_for
+from redbtc.server.listening import Server, configured, server_for
 from redbtc.server.unix_socket import AdminServer, socket_path
 from redbtc.server.websocket_protocol import WebSocketProtocol
 from redbtc.telemetry import LOG, Telemetry, log, shown_error
@@ -142,10 +142,14 @@ async def run(options: ServeOptions) -> int:
     joining = await Joining.begin(options.loaded.database_path)
     process = GatewayProcess(options.loaded, settings, joining)
     async with contextlib.AsyncExitStack() as stack:
-        offered = joining.listeners if joining else []
-        listeners = listen(settings.server.hosts, settings.server.port, offered=offered)
-        opening = asyncio.create_task(open_service(stack, options, process, listeners, joining))
+        listeners = open_listeners(settings.server, joining)
+        opening = asyncio.create_task(
+            open_service(stack, options, process, listeners.sockets, joining)
+        )
         await process.serve(listeners, opening)
+    if process.handover.is_over:
+        LOG.flush()
+        first_process.stay(process.handover.successor_pid)
     return process.status
 
 
@@ -168,7 +172,7 @@ class GatewayProcess:
         self._connections = Connections(self._offers_websocket)
         self._servers: list[Server] = []
         self._server = self._public()
-        self._handover = Handover(self._server, self._connections, joining, self._end_after)
+        self.handover = Handover(self._server, self._connections, joining, self._end_after)
         self._draining: asyncio.Task[None] | None = None
         self._may_ignore_signal = False
         self._over = False  # the tasks may end
@@ -176,17 +180,17 @@ class GatewayProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        loop.add_signal_handler(signal.SIGUSR2, self._handover.on_signal)
+        loop.add_signal_handler(signal.SIGUSR2, self.handover.on_signal)
         start.finish()
 
     def _offers_websocket(self) -> bool:
         return self._service is not None and self._service.gateway.upstreams.offer_websocket()
 
-    async def serve(self, listeners: list[socket.socket], opening: asyncio.Task[Service]) -> None:
+    async def serve(self, listeners: Listeners, opening: asyncio.Task[Service]) -> None:
         """Serve until a signal ends it, or one of its tasks. Before `opening` is done, requests are
         refused; a process that takes over from another one waits. Raises UserError where the ledger
         can't be opened."""
-        self._opening = opening
+        self._opening, self.handover.are_activated = opening, listeners.are_activated
         await asyncio.wait([opening], timeout=None if self._joining else OPENING_SECONDS)
         if self._draining:
             self._over = True
@@ -198,7 +202,7 @@ class GatewayProcess:
         try:
             async with asyncio.TaskGroup() as servers:
                 servers.create_task(self._serve_gateway(opening))  # first, so that commands work
-                servers.create_task(self._server.serve(listeners))
+                servers.create_task(self._server.serve(listeners.sockets))
         except* UserError as group:
             raise group.exceptions[0] from None
         finally:
@@ -242,7 +246,7 @@ class GatewayProcess:
             guarded = Guard({}, api, unknown_url, self.telemetry)
             server = AdminServer(configured(guarded, uds=path, proxy_headers=False))
             self._servers.append(server)
-            self._handover.begin(service, server)
+            self.handover.begin(service, server)
             with server.listening():
                 await server.serve()
         self._over = True
@@ -298,17 +302,17 @@ class GatewayProcess:
     async def _drain(self, seconds: float, delay: float = 0.0) -> None:
         """Let what is in flight finish for up to `seconds`, and end the process. Before that, serve
         on for `delay` seconds."""
-        await self._handover.give_up()
+        await self.handover.give_up()
         if self._service:
             await drain(
                 self._service.gateway,
-                None if self._handover.is_over else self._server,
+                None if self.handover.is_over else self._server,
                 self._connections,
-                self._handover,
+                self.handover,
                 delay=delay,
                 seconds=seconds,
             )
-            await self._handover.finish()
+            await self.handover.finish()
         elif self._opening:
             start.end_soon(EXIT_SOFTWARE)  # the disk may not answer
             self._opening.cancel()

@@ -11,6 +11,7 @@ from typing import Protocol
 from redbtc.gateway.gateway import Gateway
 from redbtc.server.connections import Connections
 from redbtc.server.listening import Server
+from redbtc.systemd import notify
 from redbtc.telemetry import log
 
 STOPPING_SECONDS = 10  # for the rows of what is aborted when the process ends
@@ -38,8 +39,11 @@ async def drain(
 ) -> None:
     """Tell monitors that this process ends, and serve on for `delay` seconds, until a balancer has
     noticed. Then accept no more connections, and let requests in flight finish within `seconds`,
-    and clients read what was answered. Abort the rest."""
+    and clients read what was answered. Abort the rest. `server` is None if another process accepts
+    connections already."""
     gateway.draining = True
+    if server:
+        notify("STOPPING=1")
     log(logging.INFO, "draining", in_flight=gateway.in_flight.count)
     await asyncio.sleep(delay)
     if server:

@@ -18,12 +18,14 @@ from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
 from redbtc.gateway.progress import save_progress
 from redbtc.gateway.site_routes import SiteRoutes
+from redbtc.gateway.summary import summary
 from redbtc.gateway.upstream_metrics import UpstreamMetrics
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
 from redbtc.store.clock import watch_clock
 from redbtc.store.erasure import erase_due
 from redbtc.store.request_log import RequestLog
+from redbtc.systemd import report_status
 from redbtc.telemetry import Telemetry, log, watch_log
 
 
@@ -80,6 +82,7 @@ class Service:
                 "webhook": post_for_ever(gateway.billing, log),
                 "size": watch_size(store),
                 "model catalog": gateway.catalog.keep_fresh(),
+                "systemd": report_status(partial(summary, gateway)),
             }
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 
 from redbtc.admin.outputs import Reloaded
@@ -17,6 +18,7 @@ from redbtc.handover.successor import Parts, Successor
 from redbtc.server.connections import Connections
 from redbtc.server.listening import Server
 from redbtc.server.unix_socket import AdminServer
+from redbtc.systemd import notify, reloading
 from redbtc.telemetry import log
 
 RESTART_SECONDS = 30.0  # for requests in flight, if the ledger has to be migrated
@@ -38,6 +40,7 @@ class Handover:
         self._connections = connections
         self._joining = joining
         self._end = end
+        self.are_activated = False  # the listeners are those of systemd
         self._parts: Parts | None = None
         self._reloading: asyncio.Task[Reloaded] | None = None
         self._on_signal: asyncio.Task[None] | None = None
@@ -52,15 +55,23 @@ class Handover:
         gateway, joining, server = service.gateway, self._joining, self._server
         turns = joining.turns if joining else None
         predecessors = Predecessors(gateway, server.adopt, self._write_alone)
-        self._parts = Parts(service, server, self._connections, admin_server, predecessors, turns)
+        self._parts = Parts(
+            service=service,
+            server=server,
+            connections=self._connections,
+            admin_server=admin_server,
+            predecessors=predecessors,
+            are_activated=self.are_activated,
+            turns=turns,
+        )
         gateway.reload = self.reload
-        if joining is None:
-            return
-        if joining.admin_listener is not None:
-            admin_server.take(joining.admin_listener)
-        for channel in joining.take_channels():
-            predecessors.add(channel)
-        self._serving_moved = asyncio.create_task(joining.serve_moved(server.adopt))
+        if joining:
+            if joining.admin_listener is not None:
+                admin_server.take(joining.admin_listener)
+            for channel in joining.take_channels():
+                predecessors.add(channel)
+            self._serving_moved = asyncio.create_task(joining.serve_moved(server.adopt))
+        notify("READY=1", f"MAINPID={os.getpid()}")
 
     def _write_alone(self) -> None:
         """No other process writes any more."""
@@ -86,8 +97,16 @@ class Handover:
         """Return whether another process serves."""
         return self._successor is not None
 
+    @property
+    def successor_pid(self) -> int:
+        """Return the id of the process that serves."""
+        assert self._successor is not None, "another process serves"
+        return self._successor.pid
+
     def on_signal(self) -> None:
         """Reload. How that ends is in the log."""
+        if self.is_over:
+            return
         self._on_signal = asyncio.create_task(self._try(), name="reload")
 
     async def _try(self) -> None:
@@ -103,9 +122,13 @@ class Handover:
             raise Conflict("another reload is under way")
         if self._parts is None or self._parts.service.gateway.draining:
             raise Conflict("the gateway is starting or stopping; try again")
+        notify(*reloading())
         self._reloading = asyncio.create_task(self._reload(self._parts), name="reload")
         try:
             return await asyncio.shield(self._reloading)
+        except (NotTakenOver, Conflict):
+            notify("READY=1")
+            raise
         finally:
             if self._reloading.done():
                 self._reloading = None

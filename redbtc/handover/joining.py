@@ -29,6 +29,7 @@ class Joining:
         self._stderr = stderr
         self.files: JoinedFiles | None = None  # None: the other process ends first
         self.listeners: list[socket.socket] = []
+        self.are_activated = False
         self.admin_listener: int | None = None
         self.followed: set[str] = set()  # background responses that other processes follow
         self.turns: int | None = None
@@ -55,6 +56,7 @@ class Joining:
         joining.files, joining.turns = JoinedFiles(lock_file, database_file, turns), turns
         joining.admin_listener = rest.pop() if offer.has_admin else None
         joining.listeners = [socket.socket(fileno=each) for each in rest]
+        joining.are_activated = offer.are_activated
         if offer.database != str(database):
             raise UserError(
                 f"database.path is {database}, but the running gateway uses {offer.database}; "

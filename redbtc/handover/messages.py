@@ -28,6 +28,7 @@ class Offer(msgspec.Struct, tag=True):
     database: str  # path
     listeners: int
     has_admin: bool
+    are_activated: bool  # the listeners are those of a supervisor, whatever the settings say
 
 
 class Ready(msgspec.Struct, tag=True):

@@ -50,6 +50,7 @@ class Parts(NamedTuple):
     connections: Connections
     admin_server: AdminServer
     predecessors: Predecessors
+    are_activated: bool  # the listeners of `server` are those of systemd
     turns: int | None  # the file for turns to write, if another process writes already
 
 
@@ -92,7 +93,12 @@ class Successor:
         files = [*store.locks, self._turns, *(each.fileno() for each in self._listeners)]
         if admin is not None:
             files.append(admin)
-        offer = Offer(str(store.path), len(self._listeners), admin is not None)
+        offer = Offer(
+            database=str(store.path),
+            listeners=len(self._listeners),
+            has_admin=admin is not None,
+            are_activated=self._parts.are_activated,
+        )
         async with self._ended_on_failure(START_SECONDS, "it was not ready"):
             await self._channel.send(offer, files)
             answer, _ = await self._channel.receive()
