@@ -38,7 +38,7 @@ from typing import Any
 
 from starlette.routing import Route, Router
 
-from redbtc import first_process, start
+from redbtc import start, waiting_process
 from redbtc.admin.http import admin_app, local_actor
 from redbtc.cli import commands
 from redbtc.cli.serve import ServeOptions, open_service
@@ -149,7 +149,7 @@ async def run(options: ServeOptions) -> int:
         await process.serve(listeners, opening)
     if process.handover.is_over:
         LOG.flush()
-        first_process.stay(process.handover.successor_pid)
+        waiting_process.stay(process.handover.successor_pid)
     return process.status
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 
 from redbtc.errors import UserError
+from redbtc.waiting_process import START, waiting_command
 
 VARIABLE = "REDBTC_HANDOVER"  # the descriptors of the channel and of standard error
 KEPT_BYTES = 8 << 10  # of what the process has written to standard error
@@ -26,8 +27,9 @@ def same_command() -> list[str]:
 
 
 class Child:
-    """The new process. Until it serves, what it writes to standard error is read here, since it
-    says why the process can't serve, and is passed on."""
+    """The new process, which is started through another one (waiting_process.py). Until it serves,
+    what it writes to standard error is read here, since it says why the process can't serve, and is
+    passed on."""
 
     def __init__(self, channel: socket.socket) -> None:
         """Start the process, which gets `channel` as its end of the channel. Raises OSError."""
@@ -35,9 +37,10 @@ class Child:
         reading, writing = os.pipe()
         try:
             files = channel.fileno(), stderr
+            given = ",".join(map(str, files))
             self._process = subprocess.Popen(
-                same_command(),
-                env=os.environ | {VARIABLE: ",".join(map(str, files))},
+                waiting_command(START, given, *same_command()),
+                env=os.environ | {VARIABLE: given},
                 stdin=subprocess.DEVNULL,
                 stderr=writing,
                 pass_fds=files,
@@ -48,7 +51,6 @@ class Child:
         finally:
             os.close(stderr)
             os.close(writing)
-        self.pid = self._process.pid
         self._said = b""
         self._reader = threading.Thread(
             target=self._read, args=(reading,), name="successor", daemon=True
@@ -76,4 +78,9 @@ class Child:
         said = [each for each in lines if each and not each.startswith("{")]
         if said:
             return said[-1].removeprefix("Error: ")
-        return f"signal {-status}" if status < 0 else f"exit status {status}"
+        return f"exit status {status}" if status < 128 else f"signal {status - 128}"
+
+    def let_go(self) -> None:
+        """Leave the process to itself: it serves. Blocks for an instant."""
+        self._process.kill()
+        self._process.wait()

@@ -68,15 +68,14 @@ class Joining:
         """Wait until the other process has ended, since the ledger has to be migrated. Before that,
         migrate a copy: if that fails, so would the ledger. Raises UserError."""
         await try_migration(database, changes.before)
-        assert self.files is not None
         try:
-            await self._channel.send(NeedsRestart(changes.before, changes.after))
+            await self._channel.send(NeedsRestart(changes.before, changes.after, os.getpid()))
             message, _ = await self._channel.receive()
             assert isinstance(message, Restart)
         except ChannelClosed:
             raise gone() from None
-        for file in self.files:
-            os.close(file)
+        assert self.turns is not None
+        os.close(self.turns)  # the store has closed the others
         self.files = self.turns = None
         self._speak()
         with contextlib.suppress(ChannelClosed):
@@ -88,7 +87,7 @@ class Joining:
     async def take_over(self, gateway: Gateway) -> None:
         """Say that this process is ready, and take over. Raises UserError."""
         try:
-            await self._channel.send(Ready(program_version()))
+            await self._channel.send(Ready(program_version(), os.getpid()))
             state, files = await self._channel.receive()
             assert isinstance(state, GatewayState)
             restore_limits(gateway, state)

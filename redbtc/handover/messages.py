@@ -35,6 +35,7 @@ class Ready(msgspec.Struct, tag=True):
     """The new process has checked everything, and waits for the state."""
 
     version: str
+    pid: int
 
 
 class NeedsRestart(msgspec.Struct, tag=True):
@@ -42,6 +43,7 @@ class NeedsRestart(msgspec.Struct, tag=True):
 
     schema_before: int
     schema_after: int
+    pid: int
 
 
 class Restart(msgspec.Struct, tag=True):

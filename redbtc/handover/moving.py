@@ -8,7 +8,7 @@ import os
 from redbtc.handover.channel import MAX_FILES, Channel
 from redbtc.handover.messages import Moved
 from redbtc.server.connections import Connections
-from redbtc.server.leaving import LeftConnection, leave, stay
+from redbtc.server.leaving import LeftConnection, leave, stay_here
 from redbtc.server.listening import Server
 from redbtc.server.protocol import HTTPProtocol
 
@@ -69,4 +69,4 @@ class LeavingConnections:
         self._left.clear()
         for protocol in list(self._server.server_state.connections):
             if isinstance(protocol, HTTPProtocol):
-                stay(protocol)
+                stay_here(protocol)

@@ -66,11 +66,7 @@ class Successor:
         self._left: list[PredecessorChannel] = []
         self.needs_restart: NeedsRestart | None = None
         self.version = ""
-
-    @property
-    def pid(self) -> int:
-        """The id of the process."""
-        return self._child.pid
+        self.pid = 0
 
     async def start(self) -> None:
         """Start the process, and wait until it is ready. Raises NotTakenOver."""
@@ -102,10 +98,11 @@ class Successor:
         async with self._ended_on_failure(START_SECONDS, "it was not ready"):
             await self._channel.send(offer, files)
             answer, _ = await self._channel.receive()
+        assert isinstance(answer, (Ready, NeedsRestart))
+        self.pid = answer.pid
         if isinstance(answer, NeedsRestart):
             self.needs_restart = answer
         else:
-            assert isinstance(answer, Ready)
             self.version = answer.version
 
     @contextlib.asynccontextmanager
@@ -171,6 +168,7 @@ class Successor:
         self._leave_rest()
 
     def _leave_rest(self) -> None:
+        self._child.let_go()
         self._parts.admin_server.leave()
         for each in self._listeners:
             each.close()

@@ -49,6 +49,7 @@ class Connection:
         self.state: ConnectionState = "idle"
         self.deadline = math.inf
         self.closed = False
+        self.is_new = True  # it has had no request
         self.keyed = False  # the last response was that of a request with a valid key
         self._connections = connections
         self._unsent = 0  # bytes in the write buffer when the deadline last passed
@@ -63,6 +64,7 @@ class Connection:
         if self in connections.keyed_waiting:
             del connections.keyed_waiting[self]
         if state == "serving":
+            self.is_new = False
             connections.waiting.pop(self, None)
         else:
             connections.waiting[self] = None  # keeps its position if it is there already

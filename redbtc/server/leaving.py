@@ -41,7 +41,7 @@ def leave(protocol: HTTPProtocol) -> LeftConnection | None:
     return left
 
 
-def stay(protocol: HTTPProtocol) -> None:
+def stay_here(protocol: HTTPProtocol) -> None:
     """Serve what has arrived on a connection while `Connections.on_idle` was set."""
     if protocol.connection.state == "idle" and protocol.connection.stream.kept:
         protocol.continue_soon()

@@ -59,11 +59,11 @@ class Server(uvicorn.Server):
             server.close()
 
     def close_idle(self) -> None:
-        """Close connections on which no request is being served; the others after the response
-        that is under way."""
-        for connection in list(self.server_state.connections):
-            if isinstance(connection, HTTPProtocol):
-                connection.shutdown()
+        """Close connections on which no request is being served, and others after the response that
+        is under way. New ones are not closed: their first request may be on its way."""
+        for each in list(self.server_state.connections):
+            if isinstance(each, HTTPProtocol) and not each.connection.is_new:
+                each.shutdown()
 
     async def adopt(self, connection: int, received: bytes) -> None:
         """Serve a connection, given its open file, that was left to this process, with the bytes

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.helpers.gateway import ROOT, Gateway, MakeGateway
-from tests.helpers.reloading import reload
+from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
+from tests.helpers.reloading import copied_program, reload
 from tests.helpers.steady_load import CountingUpstream, SteadyLoad
 from tests.helpers.upstream import (
     Received,
@@ -171,11 +172,31 @@ def test_sigusr2_reloads_with_the_settings_on_the_disk(
         os.kill(int(gateway.log().partition('"handed over","pid":')[2].partition("}")[0]), 15)
 
 
-SPOILT = {
-    "settings": ("config.toml", "[server]\nprot = 1\n", "prot"),
-    "code": ("redbtc/admin/api.py", "this is no Python\n", "SyntaxError"),
-    "a crash": ("redbtc/handover/joining.py", "import os; os.abort()\n", "signal 6"),
-    "a port": ("config.toml", '[server]\nhost = "192.0.2.1"\n', "can't listen on 192.0.2.1"),
+WHOLE = ""  # the whole text of a file is replaced
+JOINING, KILL = "redbtc/handover/joining.py", "os.kill(os.getpid(), 9)"
+SPOILT = {  # what is replaced by what in a file, and what the reason says
+    "settings": ("config.toml", WHOLE, "[server]\nprot = 1\n", "prot"),
+    "a port": (
+        "config.toml",
+        WHOLE,
+        '[server]\nhost = "192.0.2.1"\n',
+        "can't listen on 192.0.2.1",
+    ),
+    "code": ("redbtc/admin/api.py", WHOLE, "this is no Python\n", "SyntaxError"),
+    "a crash at the start": (JOINING, WHOLE, "import os; os.abort()\n", "signal 6"),
+    "a crash before it is ready": (
+        JOINING,
+        "await self._channel.send(Ready(",
+        KILL + "((",
+        "signal 9",
+    ),
+    "a crash with the state": (JOINING, "await gateway.store.begin_run()", KILL, "signal 9"),
+    "a late failure": (
+        JOINING,
+        "await gateway.store.begin_run()",
+        'raise OSError("no room")',
+        "no room",
+    ),
 }
 
 
@@ -183,41 +204,82 @@ SPOILT = {
 def test_a_new_process_that_cannot_serve_changes_nothing(
     tmp_path: Path, upstream: Upstream, fork_server: None, spoilt: str
 ) -> None:
-    root = tmp_path / "program"
-    copied = ("redbtc", "redbtc_proxy.py", "schema.sql", "config.toml", "prices.toml", "deploy")
-    root.mkdir()
-    for name in copied:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, root / name)
-        else:
-            shutil.copy(ROOT / name, root / name)
-    gateway = Gateway(tmp_path / "gateway", upstream.url, root=root).start()
-    key, release = gateway.new_key(), threading.Event()
+    root = copied_program(tmp_path / "program")
+    settings = {"limits": {"queue_seconds": 120}}
+    gateway = Gateway(tmp_path / "gateway", upstream.url, settings, root=root).start()
+    key, release = gateway.new_key(concurrency=1), threading.Event()
+    idle_key = gateway.new_key("idle")
     upstream.script = held_until(release)
-    name, text, reason = SPOILT[spoilt]
+    name, old, new, reason = SPOILT[spoilt]
     file = gateway.config if name == "config.toml" else root / name
     try:
         with (
-            gateway.client(key) as idle,
+            ThreadPoolExecutor(1) as pool,
+            gateway.client(idle_key) as idle,
             gateway.client(key) as client,
             client.stream("POST", "/responses", json=STREAM) as stream,
         ):
             lines = stream.iter_lines()
             next(lines)
             assert idle.post("/responses", json=RESPONSE).status_code == 200
+            waiting = pool.submit(post_once, gateway, key)  # for the place of the stream
+            wait_until(lambda: gateway.metrics()["redbtc_queued"] == 1)
             before, kept = gateway.pid, file.read_text()
-            file.write_text(text)
+            assert old in kept
+            file.write_text(kept.replace(old, new) if old else new)
             done = gateway.run("reload") if name == "config.toml" else run_elsewhere(gateway)
-            assert done.returncode == 1
+            assert (done.returncode, done.stderr[:7]) == (1, "Error: ")
             assert reason in done.stderr
-            assert done.stderr.startswith("Error: ")
             file.write_text(kept)
             assert gateway.alive()
             assert gateway.pid == before
             assert idle.post("/responses", json=RESPONSE).status_code == 200
             release.set()
             assert any("response.completed" in line for line in lines)
-        assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 3
+            assert waiting.result() == 200
+        assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 4
+        assert not list(gateway.folder.glob("*.owed-*"))
+        assert gateway.terminate() == 0
+        assert not list(gateway.folder.glob("*.owed*"))
+    finally:
+        gateway.kill()
+
+
+def test_another_database_needs_a_restart(gateway: Gateway, key: str) -> None:
+    gateway.configure({"database": {"path": "other.db"}})
+    gateway.signal(signal.SIGUSR2)
+    gateway.wait_for_log('"not reloaded"')
+    assert "restart it to use another database" in gateway.log()
+    assert post_once(gateway, key) == 200
+
+
+def post_once(gateway: Gateway, key: str) -> int:
+    with gateway.client(key) as client:
+        return client.post("/responses", json=RESPONSE).status_code
+
+
+SLEEP = "import time; open('asleep', 'w').close(); time.sleep(300)\n"
+
+
+def test_one_reload_at_a_time_and_sigterm_ends_it(
+    tmp_path: Path, upstream: Upstream, fork_server: None
+) -> None:
+    root = copied_program(tmp_path / "program")
+    gateway = Gateway(tmp_path / "gateway", upstream.url, root=root).start()
+    key = gateway.new_key()
+    (root / JOINING).write_text(SLEEP)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(run_elsewhere, gateway)
+            wait_until((gateway.folder / "asleep").exists)
+            second = run_elsewhere(gateway)
+            assert (second.returncode, "another reload is under way" in second.stderr) == (1, True)
+            assert post_once(gateway, key) == 200
+            children = psutil.Process(gateway.pid).children()
+            assert len(children) == 1
+            assert gateway.terminate() == 0
+            assert first.result().returncode == 1
+        assert not children[0].is_running()
     finally:
         gateway.kill()
 

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "slices": frozenset(("steps",)),
     "histogram": frozenset(),
     "start": frozenset(),
-    "first_process": frozenset(),
+    "waiting_process": frozenset(),
     "systemd": frozenset(("errors",)),
     "times": frozenset(("errors",)),
     "money": frozenset(("errors",)),
@@ -60,8 +60,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "dashboard": BASE | {"admin", "billing", "codex", "config", "meter", "server", "store"},
     "demo": BASE | {"refusals", "request_body"},
 }
-MAY_IMPORT["gateway"] = frozenset(MAY_IMPORT) - {"start", "first_process", "demo"}
-MAY_IMPORT["handover"] = frozenset(MAY_IMPORT) - {"start", "first_process", "demo", "dashboard"}
+MAY_IMPORT["gateway"] = frozenset(MAY_IMPORT) - {"start", "waiting_process", "demo"}
+MAY_IMPORT["handover"] = frozenset(MAY_IMPORT) - {"start", "demo", "dashboard"}
 MAY_IMPORT["cli"] = frozenset(MAY_IMPORT) - {"handover"}
 MAY_IMPORT["redbtc_proxy"] = frozenset(MAY_IMPORT)
 MAY_IMPORT["__main__"] = frozenset(("start", "redbtc_proxy"))

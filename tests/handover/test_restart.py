@@ -1,0 +1,150 @@
+"""A reload to a program with another schema, and the end of the process at SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.handover.test_reload import RESPONSE
+from tests.handover.test_takeover import HeldStream, post
+from tests.helpers.gateway import Gateway, MakeGateway, wait_until
+from tests.helpers.reloading import Adopted, copied_program
+from tests.helpers.upstream import Upstream
+
+pytestmark = pytest.mark.promise_9
+
+NEW_TABLE = "CREATE TABLE later (id INTEGER PRIMARY KEY) STRICT;"
+WRONG = "CREATE TABLE later (id INTEGER PRIMARY KEY); INSERT INTO nowhere VALUES (1);"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    return copied_program(tmp_path / "program")
+
+
+@pytest.fixture
+def gateway(
+    tmp_path: Path, program: Path, upstream: Upstream, fork_server: None
+) -> Iterator[Gateway]:
+    gateway = Gateway(tmp_path / "gateway", upstream.url, root=program)
+    yield gateway.start()
+    gateway.close()
+
+
+def add_section(program: Path, sql: str) -> None:
+    """Add a version to the schema of the program on the disk."""
+    file = program / "schema.sql"
+    text, triggers, rest = file.read_text().partition("\n-- triggers\n")
+    file.write_text(f"{text}\n-- version 99\n{sql}\n{triggers}{rest}")
+
+
+def version(gateway: Gateway) -> int:
+    with closing(sqlite3.connect(f"{gateway.database.as_uri()}?mode=ro", uri=True)) as database:
+        return int(database.execute("PRAGMA user_version").fetchone()[0])
+
+
+def test_a_migration_is_a_short_restart_in_which_nobody_is_refused(
+    gateway: Gateway, program: Path, upstream: Upstream
+) -> None:
+    key = gateway.new_key()
+    add_section(program, NEW_TABLE)
+    before = gateway.process
+    assert before is not None
+    with ThreadPoolExecutor(3) as pool, HeldStream(gateway, upstream, key) as stream:
+        reloading = pool.submit(gateway.run, "reload", "--json")
+        gateway.wait_for_log('"restarting"')
+        waiting = [pool.submit(post, gateway, key) for _ in range(2)]
+        time.sleep(0.5)  # they wait meanwhile, and are not refused
+        assert before.poll() is None
+        assert not any(each.done() for each in waiting)
+        assert version(gateway) < 99
+        assert "response.completed" in stream.finish()
+        assert before.wait() == 0
+        done = reloading.result()
+        assert done.returncode == 0, done.stderr
+        assert "has to be migrated" in done.stderr
+        assert '"restarts": true' in done.stdout
+        assert [each.result().status_code for each in waiting] == [200, 200]
+    gateway.process = Adopted(int(done.stdout.partition('"pid": ')[2].partition(",")[0]))
+    assert version(gateway) == 99
+    assert {row["outcome"] for row in gateway.rows()} == {"completed"}
+    assert (
+        len(list(gateway.folder.glob("redbtc.db.before-schema-99"))) == 1
+    )  # the copy of the old ledger
+
+
+def test_a_migration_that_would_fail_changes_nothing(
+    gateway: Gateway, program: Path, upstream: Upstream
+) -> None:
+    key, before = gateway.new_key(), version(gateway)
+    add_section(program, WRONG)
+    with HeldStream(gateway, upstream, key) as stream:
+        done = gateway.run("reload")
+        assert done.returncode == 1
+        assert "could not be migrated: no such table: nowhere" in done.stderr
+        assert version(gateway) == before
+        assert not list(gateway.folder.glob("*.trial*"))
+        assert "response.completed" in stream.finish()
+    assert post(gateway, key).status_code == 200
+    assert gateway.alive()
+
+
+# SIGTERM
+
+
+def connects(gateway: Gateway) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", gateway.port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_sigterm_refuses_connections_while_streams_finish(
+    gateway: Gateway, upstream: Upstream
+) -> None:
+    key = gateway.new_key()
+    with HeldStream(gateway, upstream, key) as stream, gateway.client(key) as idle:
+        assert idle.post("/responses", json=RESPONSE).status_code == 200
+        gateway.terminate(wait=False)
+        wait_until(lambda: not connects(gateway))
+        with pytest.raises(httpx2.ConnectError):  # a client tries again at once
+            idle.post("/responses", json=RESPONSE)
+        assert "response.completed" in stream.finish()
+    assert gateway.wait() == 0
+    assert {row["outcome"] for row in gateway.rows()} == {"completed"}
+
+
+def test_connections_are_accepted_until_a_balancer_has_noticed(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway({"server": {"shutdown_delay_seconds": 3}}).start()
+    key = gateway.new_key()
+    with HeldStream(gateway, upstream, key) as stream:
+        began = time.monotonic()
+        gateway.terminate(wait=False)
+        wait_until(lambda: gateway.get("/readyz").status_code == 503)
+        assert gateway.get("/readyz").json()["error"]["code"] == "draining"
+        assert post(gateway, key).status_code == 200
+        wait_until(lambda: not connects(gateway))
+        assert time.monotonic() - began >= 3
+        assert "response.completed" in stream.finish()
+    assert gateway.wait() == 0
+
+
+def test_a_second_sigterm_ends_it_at_once(gateway: Gateway, upstream: Upstream) -> None:
+    key = gateway.new_key()
+    with HeldStream(gateway, upstream, key):
+        gateway.terminate(wait=False)
+        gateway.wait_for_log('"draining"')
+        gateway.signal(signal.SIGTERM)
+        assert gateway.wait() == 128 + signal.SIGTERM
