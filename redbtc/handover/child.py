@@ -14,7 +14,7 @@ from redbtc.waiting_process import START, waiting_command
 
 VARIABLE = "REDBTC_HANDOVER"  # the descriptors of the channel and of standard error
 KEPT_BYTES = 8 << 10  # of what the process has written to standard error
-CHILD_END_SECONDS = 10  # for a process that is told to end
+CHILD_END_SECONDS = 5  # for a process to end, by itself and when it is told to
 
 
 class NotTakenOver(UserError):
@@ -67,10 +67,11 @@ class Child:
     def end(self) -> str:
         """End the process if it runs. Return why it has ended: the last line that it has written,
         without those of the log. Blocks."""
-        self._process.terminate()
-        try:
-            status = self._process.wait(CHILD_END_SECONDS)
-        except subprocess.TimeoutExpired:
+        status = self._wait()  # most often it has ended by itself
+        if status is None:
+            self._process.terminate()
+            status = self._wait()
+        if status is None:
             self._process.kill()
             status = self._process.wait()
         self._reader.join(CHILD_END_SECONDS)
@@ -79,6 +80,11 @@ class Child:
         if said:
             return said[-1].removeprefix("Error: ")
         return f"exit status {status}" if status < 128 else f"signal {status - 128}"
+
+    def _wait(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(CHILD_END_SECONDS)
+        return None
 
     def let_go(self) -> None:
         """Leave the process to itself: it serves. Blocks for an instant."""
