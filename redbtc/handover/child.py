@@ -14,7 +14,8 @@ from redbtc.waiting_process import START, waiting_command
 
 VARIABLE = "REDBTC_HANDOVER"  # the descriptors of the channel and of standard error
 KEPT_BYTES = 8 << 10  # of what the process has written to standard error
-CHILD_END_SECONDS = 5  # for a process to end, by itself and when it is told to
+OWN_END_SECONDS = 1  # for a process to end by itself: its status says why
+CHILD_END_SECONDS = 10  # for a process that is told to end
 
 
 class NotTakenOver(UserError):
@@ -67,10 +68,10 @@ class Child:
     def end(self) -> str:
         """End the process if it runs. Return why it has ended: the last line that it has written,
         without those of the log. Blocks."""
-        status = self._wait()  # most often it has ended by itself
+        status = self._wait(OWN_END_SECONDS)
         if status is None:
             self._process.terminate()
-            status = self._wait()
+            status = self._wait(CHILD_END_SECONDS)
         if status is None:
             self._process.kill()
             status = self._process.wait()
@@ -81,9 +82,9 @@ class Child:
             return said[-1].removeprefix("Error: ")
         return f"exit status {status}" if status < 128 else f"signal {status - 128}"
 
-    def _wait(self) -> int | None:
+    def _wait(self, seconds: float) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(CHILD_END_SECONDS)
+            return self._process.wait(seconds)
         return None
 
     def let_go(self) -> None:
