@@ -9,8 +9,8 @@ RUN := $(VENV)/bin/python
 help: ## List the targets
 	sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-run: $(VENV)/runtime ## Run the gateway: OpenAI where OPENAI_API_KEY is set, else a demonstration
-	exec $(RUN) redbtc_proxy.py serve --first-run $(if $(OPENAI_API_KEY),,--demo)
+run: $(VENV)/runtime ## Run the gateway: OpenAI if OPENAI_API_KEY is set, else a demonstration
+	exec $(RUN) redbtc_proxy.py serve --first-run --demo-if-no-key
 
 test: $(VENV)/dev tests/node_modules lint ## Check style and types, run all tests
 	$(RUN) -m pytest --numprocesses 3 --dist worksteal

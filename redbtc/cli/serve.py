@@ -21,10 +21,12 @@ from redbtc.billing.price_changes import add_prices
 from redbtc.billing.prices import Price
 from redbtc.cli.first_run import dashboard_lines, import_example, welcome
 from redbtc.cli.main import CommandContext, commands, json_option
+from redbtc.cli.program import command_for
 from redbtc.codex.catalog import read_catalog
 from redbtc.config import (
     LoadedSettings,
     Settings,
+    lacks_all_keys,
     missing_keys,
     url_of,
     with_demo,
@@ -93,7 +95,7 @@ async def open_service(
         process.demo = await start_demo(stack)
         settings = with_demo(settings, process.demo)
     if options.first_run and not billing.prices.prices:
-        await import_example(billing)
+        await import_example(billing, options.loaded)
     if options.demo and billing.model_prices(DEMO_PRICE.model) is None:
         await add_prices(billing, [DEMO_PRICE], without_notice=None, by="demo")
     host, port = listeners[0].getsockname()[:2]
@@ -145,7 +147,8 @@ async def greet(service: Service, url: str, settings: Settings, options: ServeOp
     """Print where the dashboard is and, on the first run, how to begin."""
     try:
         if options.first_run:
-            click.echo(await welcome(service.api, url, settings.upstreams, options.demo))
+            command = command_for(options.loaded)
+            click.echo(await welcome(service.api, url, settings.upstreams, options.demo, command))
         click.echo(await dashboard_lines(service.api))
     except (sqlite3.Error, StorageUnavailable) as error:
         log(logging.ERROR, "no welcome", reason=str(error))
@@ -227,6 +230,11 @@ async def start_demo(stack: contextlib.AsyncExitStack) -> str:
 @click.option(
     "--demo", is_flag=True, help="Forward to a built-in demonstration upstream with canned answers."
 )
+@click.option(
+    "--demo-if-no-key",
+    is_flag=True,
+    help="Like --demo, but only if the environment has no upstream's API key.",
+)
 @click.option("--first-run", is_flag=True, help="Create an account and a key if there are none.")
 @click.option(
     "--accept-clock",
@@ -240,6 +248,7 @@ def serve(
     hosts: tuple[str, ...],
     port: int | None,
     demo: bool,
+    demo_if_no_key: bool,
     first_run: bool,
     accept_clock: bool,
     as_json: bool,
@@ -250,6 +259,7 @@ def serve(
     given = {name: value for name, value in listening.items() if value is not None}
     server = msgspec.structs.replace(loaded.settings.server, **given)
     settings = msgspec.structs.replace(loaded.settings, server=server)
+    demo = demo or (demo_if_no_key and lacks_all_keys(settings))
     if not demo:
         check_ca_files(settings.upstreams)
     read_catalog(settings.codex.catalog)

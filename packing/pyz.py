@@ -1,12 +1,12 @@
 """Build redbtc-proxy.pyz, one file with the program and all that it needs: `make pyz`.
 
-    python -m release.pyz [FILE] [--wheels FOLDER]
+    python -m packing.pyz [FILE] [--wheels FOLDER]
 
 The packages are those of requirements.lock, and pip checks their hashes. An extension module is for
 one version of Python on one platform, so the archive has those for each; `pyz_unpack.py` takes the
 right ones. The same source gives the same bytes. Downloaded wheels stay in FOLDER, if it is given.
 
-    __main__.py  release/  what Python runs
+    __main__.py  packing/  what Python runs
     contents.json          which wheels are for which Python
     wheels/                the program's wheel, and those of its packages as they were published
 """
@@ -26,8 +26,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from release.dist import build
-from release.source import ROOT, source_date
+from packing.dist import build
+from packing.source import ROOT, source_date
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 MACHINES = ("x86_64", "aarch64")
@@ -36,7 +36,7 @@ SUPPORTS = (
     f"CPython {', '.join(VERSIONS[:-1])} and {VERSIONS[-1]} on Linux with glibc 2.28 or newer "
     f"({', '.join(MACHINES)})"
 )
-RELEASE = ROOT / "release"
+PACKING = ROOT / "packing"
 SHEBANG = b"#!/usr/bin/env python3\n"
 
 
@@ -106,9 +106,9 @@ def pyz(program: Path, builds: dict[str, list[Path]], date: int) -> bytes:
     }
     return packed(
         {
-            "__main__.py": (RELEASE / "pyz_main.py").read_bytes(),
-            "release/__init__.py": b"",
-            "release/pyz_unpack.py": (RELEASE / "pyz_unpack.py").read_bytes(),
+            "__main__.py": (PACKING / "pyz_main.py").read_bytes(),
+            "packing/__init__.py": b"",
+            "packing/pyz_unpack.py": (PACKING / "pyz_unpack.py").read_bytes(),
             "contents.json": json.dumps(contents, indent=1).encode(),
             **{f"wheels/{name}": content for name, content in wheels.items()},
         },

@@ -1,6 +1,6 @@
 """Build the sdist and the wheel into a folder: `make dist`.
 
-    python -m release.dist [FOLDER]
+    python -m packing.dist [FOLDER]
 
 The same source gives the same bytes: hatchling packs the files in a fixed order, with the modes of
 a checkout and the date of the last commit.
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from release.source import ROOT, exported, source_date
+from packing.source import ROOT, exported, source_date
 
 
 def build(folder: Path, *targets: str) -> list[Path]:

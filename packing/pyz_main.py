@@ -10,6 +10,6 @@ if sys.version_info < (3, 11):  # noqa: UP036
         "Run it with a newer one: python3.11 {}".format(*found)
     )
 
-from release.pyz_unpack import main
+from packing.pyz_unpack import main
 
 main()
