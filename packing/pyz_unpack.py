@@ -6,8 +6,11 @@ folder of its own there, with a lock beside it:
 
 - A process holds the lock shared for as long as it runs, and exclusively while it unpacks. So two
   first starts at the same time unpack once, and a new build removes only folders that are not used.
-- Files are unpacked into a folder with another name, which is renamed when all are on the disk.
-  What an interrupted start leaves behind is removed by the next one.
+- Files are unpacked into a folder with another name, which is then renamed. What an interrupted
+  start leaves behind is removed by the next one.
+- Each start compares the sizes of all files with a list: a loss of power can cut files that were
+  just written, and programs that clean caches remove single files. Waiting for the disk instead
+  would take half a minute where it is busy.
 
 This file is in the archive as it is here, and imports nothing that is not in Python itself.
 """
@@ -30,6 +33,7 @@ ARCHIVE = Path(__file__).absolute().parent.parent
 PROGRAM = "redbtc-proxy"
 CACHE = "REDBTC_CACHE"  # the environment variable with the folder to unpack into
 PARTIAL = ".partial"
+SIZES = "sizes.json"  # in the folder, the size of each file
 
 
 def main() -> None:
@@ -116,18 +120,27 @@ def make_private(folder: Path) -> None:
 
 
 def hold(folder: Path, archive: zipfile.ZipFile, wheels: list[str]) -> None:
-    """Hold the lock of a folder until this process ends, and unpack the folder if it is not there.
-    Raises OSError."""
+    """Hold the lock of a folder until this process ends, and unpack what it lacks. Raises
+    OSError."""
     import fcntl  # here: only some platforms have it
 
     lock = open_lock(folder)
     fcntl.flock(lock, fcntl.LOCK_SH)
-    while not folder.exists():
+    while not is_whole(folder):
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
+        if not is_whole(folder):
             unpack(archive, wheels, folder)
             remove_others(folder)
         fcntl.flock(lock, fcntl.LOCK_SH)  # another build may take the lock before, and remove it
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether a folder has all its files."""
+    try:
+        sizes = json.loads((folder / SIZES).read_bytes())
+        return all(os.stat(f"{folder}/{name}").st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 def open_lock(folder: Path) -> int:
@@ -146,10 +159,10 @@ def open_lock(folder: Path) -> int:
 
 
 def unpack(archive: zipfile.ZipFile, wheels: list[str], folder: Path) -> None:
-    """Unpack these wheels into a folder. It has all their files, or is not there. Raises
-    OSError."""
+    """Unpack these wheels into a folder, in place of what is there. Raises OSError."""
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     before = os.umask(0o077)
     try:
         for name in wheels:
@@ -157,7 +170,9 @@ def unpack(archive: zipfile.ZipFile, wheels: list[str], folder: Path) -> None:
                 wheel.extractall(partial)
         for data in partial.glob("*.data/data"):  # what pip puts into the environment's folder
             shutil.copytree(data, partial, dirs_exist_ok=True)
-        os.sync()  # a loss of power must not leave a folder with files that are not whole
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
+        (partial / SIZES).write_text(json.dumps(sizes))
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -23,7 +23,10 @@ from tests.helpers.gateway import PATIENCE_SECONDS, USUAL, free_port, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
 SOURCE_DATE = 1_700_000_000
-PROBE = "import platform; print(platform.python_implementation(), *platform.python_version_tuple())"
+PROBE = (
+    "import os, platform, sys; print(platform.python_implementation()); "
+    "print(*sys.version_info[:2]); print(os.path.realpath(sys.executable))"
+)
 OLDEST = (3, 11)
 
 
@@ -32,20 +35,16 @@ def pythons() -> Iterator[tuple[tuple[int, int], str]]:
     folders = [Path(each) for each in os.environ["PATH"].split(":")]
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     folders += [each / "bin" for each in versions.glob("*")] + [Path("/usr/bin")]
-    found = {
-        path.resolve(): None
-        for folder in folders
-        for path in sorted(folder.glob("python[23]*"))
-        if re.fullmatch(r"python[23](\.\d+)?", path.name) and os.access(path, os.X_OK)
-    }
-    for path in found:
-        done = subprocess.run([path, "-c", PROBE], capture_output=True, text=True)
-        if done.returncode == 0 and "CPython" in done.stdout:
-            major, minor = re.findall(r"\d+", done.stdout)[:2]
-            yield (int(major), int(minor)), str(path)
+    for path in {path for folder in folders for path in folder.glob("python[23]*")}:
+        if re.fullmatch(r"python[23](\.\d+)?", path.name) and os.access(path, os.X_OK):
+            done = subprocess.run([path, "-c", PROBE], capture_output=True, text=True)
+            if done.returncode == 0 and done.stdout.startswith("CPython"):
+                _, version, real = done.stdout.splitlines()
+                major, minor = map(int, version.split())
+                yield (major, minor), real
 
 
-PYTHONS = sorted(pythons())
+PYTHONS = sorted(set(pythons()))
 NEW = [path for version, path in PYTHONS if version >= OLDEST]
 OLD = [path for version, path in PYTHONS if version < OLDEST]
 
@@ -297,6 +296,23 @@ def test_an_interrupted_start_is_repeated(run: Run, pyz: Path, cache: Path) -> N
     (folder,) = unpacked(cache)
     assert is_whole(folder)
     assert not (folder / "left-behind").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "no list"])
+def test_files_that_are_missing_are_unpacked_again(run: Run, cache: Path, damage: str) -> None:
+    """As after a loss of power, or where a program cleans caches."""
+    assert run("--help").returncode == 0
+    (folder,) = unpacked(cache)
+    if damage == "cut":
+        (folder / "redbtc" / "cli" / "main.py").write_text("")
+    elif damage == "removed":
+        (folder / "share" / "redbtc-proxy" / "schema.sql").unlink()
+    else:
+        (folder / "sizes.json").write_text("")
+        (folder / "redbtc_proxy.py").unlink()
+    done = run("account", "list")
+    assert done.returncode == 0, done.stderr
+    assert unpacked(cache) == [folder]
 
 
 def test_a_new_build_removes_old_ones_that_are_not_used(
