@@ -1,4 +1,4 @@
-"""What the Dockerfile and compose.yaml name is there, and Caddy works with the settings in compose.yaml.
+"""What the Dockerfile and compose.yaml name is there, and Caddy serves what compose.yaml says.
 `make test-image` builds and runs the image."""
 
 from __future__ import annotations
