@@ -17,6 +17,7 @@ import orjson
 
 from redbtc.billing.billing import Billing
 from redbtc.billing.document_files import Document, read_documents
+from redbtc.billing.overviews import has_traffic_beside
 from redbtc.billing.price_changes import add_prices
 from redbtc.billing.prices import Price
 from redbtc.cli.first_run import dashboard_lines, import_example, welcome
@@ -24,6 +25,7 @@ from redbtc.cli.main import CommandContext, commands, json_option
 from redbtc.cli.program import command_for
 from redbtc.codex.catalog import read_catalog
 from redbtc.config import (
+    DEMO,
     LoadedSettings,
     Settings,
     lacks_all_keys,
@@ -63,6 +65,7 @@ class ServeOptions(NamedTuple):
     settings: Settings
     documents: list[Document]  # of [site]
     demo: bool
+    demo_if_unused: bool  # serve the demonstration if no other upstream has had a request
     first_run: bool
     accept_clock: bool
     as_json: bool
@@ -91,6 +94,8 @@ async def open_service(
     UserError."""
     settings = options.settings
     billing = await open_ledger(stack, options, process)
+    if options.demo_if_unused and not await has_traffic_beside(billing.store, DEMO):
+        options = options._replace(demo=True)
     if options.demo:
         process.demo = await start_demo(stack)
         settings = with_demo(settings, process.demo)
@@ -233,7 +238,8 @@ async def start_demo(stack: contextlib.AsyncExitStack) -> str:
 @click.option(
     "--demo-if-no-key",
     is_flag=True,
-    help="Like --demo, but only if the environment has no upstream's API key.",
+    help="Like --demo, but only if the environment has no upstream's API key, and no upstream has "
+    "had a request yet.",
 )
 @click.option("--first-run", is_flag=True, help="Create an account and a key if there are none.")
 @click.option(
@@ -259,7 +265,7 @@ def serve(
     given = {name: value for name, value in listening.items() if value is not None}
     server = msgspec.structs.replace(loaded.settings.server, **given)
     settings = msgspec.structs.replace(loaded.settings, server=server)
-    demo = demo or (demo_if_no_key and lacks_all_keys(settings))
+    demo_if_unused = demo_if_no_key and lacks_all_keys(settings)
     if not demo:
         check_ca_files(settings.upstreams)
     read_catalog(settings.codex.catalog)
@@ -270,7 +276,14 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=EventLoop) as runner:
             options = ServeOptions(
-                loaded, settings, documents, demo, first_run, accept_clock, as_json
+                loaded=loaded,
+                settings=settings,
+                documents=documents,
+                demo=demo,
+                demo_if_unused=demo_if_unused,
+                first_run=first_run,
+                accept_clock=accept_clock,
+                as_json=as_json,
             )
             status = runner.run(context.run(options))
     finally:

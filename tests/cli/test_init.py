@@ -18,7 +18,7 @@ import redbtc_proxy  # noqa: F401 (adds all commands)
 from redbtc.cli import program
 from redbtc.cli.main import commands, main
 from redbtc.config import load_settings
-from tests.helpers.gateway import ROOT, Gateway, free_port, wait_until
+from tests.helpers.gateway import ROOT, Gateway, MakeGateway, free_port, wait_until
 from tests.helpers.upstream import Upstream
 
 
@@ -121,6 +121,31 @@ def test_the_first_start_uses_what_it_wrote(tmp_path: Path, upstream: Upstream) 
         assert shlex.split(usage)[-3:] == ["--config", "../gateway/config.toml", "usage"]
     finally:
         gateway.close()
+
+
+def test_a_key_that_is_lost_brings_no_demonstration(make_gateway: MakeGateway) -> None:
+    """Clients would take canned answers for real ones, and pay for them."""
+    gateway = make_gateway(TEST_UPSTREAM_KEY="").start("--demo-if-no-key")
+    key = gateway.new_key()
+    body = {"model": "redbtc-demo", "messages": [{"role": "user", "content": "Hi."}]}
+
+    def status() -> int:
+        with gateway.client(key) as client:
+            return client.post("/chat/completions", json=body).status_code
+
+    def restart_with(value: str) -> None:
+        gateway.set_variable("TEST_UPSTREAM_KEY", value)
+        gateway.terminate()
+        gateway.start("--demo-if-no-key")
+
+    assert status() == 200
+    restart_with("")
+    assert status() == 200, "only the demonstration has had a request"
+    restart_with("sk-test")
+    assert status() == 200
+    assert {row["upstream"] for row in gateway.rows()} == {"demo", "test"}
+    restart_with("")
+    assert status() == 503
 
 
 def test_a_key_in_the_environment_ends_the_demonstration(
