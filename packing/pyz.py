@@ -69,9 +69,12 @@ def download(version: str, machine: str, folder: Path) -> list[Path]:
             command += ["--require-hashes", "--only-binary=:all:", "--requirement", file.name]
             command += ["--implementation", "cp", "--python-version", version]
             command += [word for each in MANYLINUX for word in ("--platform", f"{each}_{machine}")]
-            done = subprocess.run([*command, "--dest", str(target)], capture_output=True, text=True)
+            partial = target.with_suffix(".partial")
+            command += ["--dest", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"Error: pip failed: {done.stderr}")
+        partial.rename(target)
     return sorted(target.glob("*.whl"))
 
 
