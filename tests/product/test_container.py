@@ -103,7 +103,10 @@ def test_caddy_serves_the_gateway_over_tls(make_gateway: MakeGateway, tmp_path: 
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
     authority = tmp_path / "caddy" / "pki" / "authorities" / "local" / "root.crt"
     try:
-        wait_until(lambda: authority.exists() or process.poll() is not None, why=log.read_text)
+        wait_until(
+            lambda: authority.exists() and "END CERTIFICATE" in authority.read_text(),
+            why=log.read_text,
+        )
         context = ssl.create_default_context(cafile=str(authority))
         with httpx2.Client(verify=context, timeout=PATIENCE_SECONDS, trust_env=False) as client:
 
@@ -129,7 +132,8 @@ def test_caddy_serves_the_gateway_over_tls(make_gateway: MakeGateway, tmp_path: 
             assert answer.text.endswith("data: [DONE]\n\n")
             for path in ("/metrics", "/admin/v1/accounts"):
                 assert client.get(f"{url}{path}", **sent).status_code == 404
-            assert client.get(f"{url}/status", **sent).status_code == 200
+            for path in ("/status", "/admin/v1/me"):
+                assert client.get(f"{url}{path}", **sent).status_code == 200
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_SECONDS)
