@@ -10,6 +10,7 @@ import signal
 import ssl
 import subprocess
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,11 @@ def test_caddy_serves_the_gateway_over_tls(make_gateway: MakeGateway, tmp_path: 
                 assert client.get(f"{url}{path}", **sent).status_code == 404
             for path in ("/status", "/admin/v1/me"):
                 assert client.get(f"{url}{path}", **sent).status_code == 200
+            assert gateway.terminate() == 0
+            with ThreadPoolExecutor() as pool:  # Caddy waits (2.6 not with a body)
+                waiting = pool.submit(client.get, f"{url}/status", **sent)
+                gateway.start("--demo")
+                assert waiting.result().status_code == 200
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_SECONDS)
