@@ -100,6 +100,7 @@ def test_a_failure_leaves_no_half(tmp_path: Path) -> None:
     assert [*(tmp_path / "new").iterdir()] == []
 
 
+@pytest.mark.process
 def test_the_first_start_uses_what_it_wrote(tmp_path: Path, upstream: Upstream) -> None:
     """The first run imports the prices of the folder, which may have been edited, and prints
     commands that can be copied."""
@@ -148,6 +149,7 @@ def test_a_key_that_is_lost_brings_no_demonstration(make_gateway: MakeGateway) -
     assert status() == 503
 
 
+@pytest.mark.process
 def test_a_key_in_the_environment_ends_the_demonstration(
     tmp_path: Path, upstream: Upstream
 ) -> None:
