@@ -4,19 +4,22 @@ RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .SILENT:
-.PHONY: help run test test-fast lint format bench screenshots lock clean
+.PHONY: help run test test-fast test-image lint format bench screenshots dist pyz lock clean
 
 help: ## List the targets
 	sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-run: $(VENV)/runtime ## Run the gateway: OpenAI where OPENAI_API_KEY is set, else a demonstration
-	exec $(RUN) redbtc_proxy.py serve --first-run $(if $(OPENAI_API_KEY),,--demo)
+run: $(VENV)/runtime ## Run the gateway: OpenAI if OPENAI_API_KEY is set, else a demonstration
+	exec $(RUN) redbtc_proxy.py serve --first-run --demo-if-no-key
 
 test: $(VENV)/dev tests/node_modules lint ## Check style and types, run all tests
 	$(RUN) -m pytest --numprocesses 3 --dist worksteal
 
 test-fast: $(VENV)/dev ## Run in a minute the tests that start no process, and some that do
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal -m "not slow and (front_door or not process)"
+
+test-image: $(VENV)/dev ## Build the container image and run it (needs root, buildah and debootstrap)
+	$(RUN) -m pytest tests/product/image.py
 
 lint: $(VENV)/dev ## Check style and types
 	$(RUN) -m ruff check .
@@ -34,6 +37,12 @@ bench: $(VENV)/dev ## Repeat the measurements that README and docs quote (needs 
 
 screenshots: $(VENV)/dev ## Take pictures of every page of the dashboard (needs Chromium)
 	$(RUN) -m tests.dashboard.screenshots
+
+dist: $(VENV)/dev ## Build the sdist and the wheel into dist/, the same bytes for the same commit
+	$(RUN) -m packing.dist
+
+pyz: $(VENV)/dev ## Build dist/redbtc-proxy.pyz, one file with all dependencies
+	$(RUN) -m packing.pyz
 
 lock: ## Pin the newest versions of all dependencies, with their hashes
 	$(PYTHON) -m venv $(VENV)-lock

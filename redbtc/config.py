@@ -478,6 +478,12 @@ def missing_keys(settings: Settings) -> list[str]:
     return lines
 
 
+def lacks_all_keys(settings: Settings) -> bool:
+    """Return whether every member of every upstream lacks an environment variable."""
+    members = [member for upstream in settings.upstreams for member in upstream.members]
+    return all(member.missing_variables() for member in members)
+
+
 def settings_at_restart(old: Settings, new: Settings) -> list[str]:
     """Return the names of settings that differ and that only a restart applies."""
     pairs = {

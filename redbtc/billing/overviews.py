@@ -11,6 +11,7 @@ from redbtc.billing.billing import Billing
 from redbtc.billing.statements import paid_by_month_of
 from redbtc.money import decimal
 from redbtc.store.accounts import ACCOUNT, Account, account_columns
+from redbtc.store.database import Store
 from redbtc.store.json_values import Money, cost_of, nanos_of
 from redbtc.times import DAY, day_of
 from redbtc.usage import Outcome
@@ -48,10 +49,16 @@ SPENT_IN_MONTH = """
 TRAFFIC = """
     SELECT day, upstream, outcome, requests, cost_units, cost_nanos FROM traffic_by_day
      WHERE day > ? ORDER BY day, upstream, outcome"""
+TRAFFIC_BESIDE = "SELECT 1 FROM traffic_by_day WHERE upstream <> ? LIMIT 1"
 LATELY = """
     SELECT upstream, outcome, first_byte_ms, duration_ms FROM requests
      WHERE outcome <> 'pending' ORDER BY started_at DESC LIMIT ?"""
 MAX_LATELY = 500  # requests
+
+
+async def has_traffic_beside(store: Store, upstream: str) -> bool:
+    """Return whether another upstream has ever been sent a request."""
+    return await store.one(TRAFFIC_BESIDE, (upstream,)) is not None
 
 
 async def list_accounts(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable
 
 from msgspec import convert
@@ -15,7 +13,7 @@ from redbtc.admin.inputs import NewPrices, NewUser, WhichUser
 from redbtc.billing.billing import Billing
 from redbtc.billing.price_changes import add_prices
 from redbtc.cli.money import read_prices
-from redbtc.config import shipped
+from redbtc.config import LoadedSettings, shipped
 from redbtc.upstream_settings import UpstreamSettings
 
 FIRST_ACCOUNT = "first"
@@ -23,10 +21,13 @@ FIRST_RUN = "first run"  # the author of these changes in the log
 FIRST_OPERATOR = "operator@localhost"
 
 
-async def import_example(billing: Billing) -> None:
+async def import_example(billing: Billing, loaded: LoadedSettings) -> None:
     """Add the prices of prices.toml, so that a newcomer's first requests are served, unless they
-    are in another currency."""
-    example = convert(read_prices(shipped("prices.toml")), NewPrices)
+    are in another currency. The file beside the settings, which `init` makes, goes before the one
+    that comes with the program."""
+    beside = loaded.folder / "prices.toml"
+    path = beside if loaded.file and beside.exists() else shipped("prices.toml")
+    example = convert(read_prices(path), NewPrices)
     if example.currency == billing.currency:
         prices = prices_of(example, billing.store.time())
         await add_prices(billing, prices, without_notice=None, by=FIRST_RUN)
@@ -50,11 +51,11 @@ async def dashboard_lines(api: API) -> str:
 
 
 async def welcome(
-    api: API, base_url: str, upstreams: Iterable[UpstreamSettings], demo: bool
+    api: API, base_url: str, upstreams: Iterable[UpstreamSettings], demo: bool, command: str
 ) -> str:
-    """Return what a newcomer needs to know. If there is no account, create one with a key."""
+    """Return what a newcomer needs to know. If there is no account, create one with a key.
+    `command` is how the program is called."""
     accounts = api.accounts
-    command = f"{os.path.relpath(sys.executable)} {os.path.relpath(sys.argv[0])}"
     key = "$REDBTC_API_KEY"
     about_key = (
         f"Your API key was shown at the first start. To create another:  {command} key add first"

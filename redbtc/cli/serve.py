@@ -18,14 +18,18 @@ import orjson
 
 from redbtc.billing.billing import Billing
 from redbtc.billing.document_files import Document, read_documents
+from redbtc.billing.overviews import has_traffic_beside
 from redbtc.billing.price_changes import add_prices
 from redbtc.billing.prices import Price
 from redbtc.cli.first_run import dashboard_lines, import_example, welcome
 from redbtc.cli.main import CommandContext, commands, json_option
+from redbtc.cli.program import command_for
 from redbtc.codex.catalog import read_catalog
 from redbtc.config import (
+    DEMO,
     LoadedSettings,
     Settings,
+    lacks_all_keys,
     missing_keys,
     url_of,
     with_demo,
@@ -63,6 +67,7 @@ class ServeOptions(NamedTuple):
     settings: Settings
     documents: list[Document]  # of [site]
     demo: bool
+    demo_if_unused: bool  # serve the demonstration if no other upstream has had a request
     first_run: bool
     accept_clock: bool
     as_json: bool
@@ -106,6 +111,8 @@ async def open_service(
     settings = options.settings
     billing = await open_ledger(stack, options, process, joining)
     takes_over = joining is not None and joining.files is not None
+    if options.demo_if_unused and not await has_traffic_beside(billing.store, DEMO):
+        options = options._replace(demo=True)
     if options.demo:
         process.demo = await start_demo(stack)
         settings = with_demo(settings, process.demo)
@@ -144,7 +151,7 @@ async def open_service(
 async def prepare_ledger(billing: Billing, options: ServeOptions) -> None:
     """Add the prices that a first run or a demonstration needs. Raises UserError."""
     if options.first_run and not billing.prices.prices:
-        await import_example(billing)
+        await import_example(billing, options.loaded)
     if options.demo and billing.model_prices(DEMO_PRICE.model) is None:
         await add_prices(billing, [DEMO_PRICE], without_notice=None, by="demo")
 
@@ -171,7 +178,8 @@ async def greet(service: Service, url: str, settings: Settings, options: ServeOp
     """Print where the dashboard is and, on the first run, how to begin."""
     try:
         if options.first_run:
-            click.echo(await welcome(service.api, url, settings.upstreams, options.demo))
+            command = command_for(options.loaded)
+            click.echo(await welcome(service.api, url, settings.upstreams, options.demo, command))
         click.echo(await dashboard_lines(service.api))
     except (sqlite3.Error, StorageUnavailable) as error:
         log(logging.ERROR, "no welcome", reason=str(error))
@@ -275,6 +283,12 @@ async def start_demo(stack: contextlib.AsyncExitStack) -> str:
 @click.option(
     "--demo", is_flag=True, help="Forward to a built-in demonstration upstream with canned answers."
 )
+@click.option(
+    "--demo-if-no-key",
+    is_flag=True,
+    help="Like --demo, but only if the environment has no upstream's API key, and no upstream has "
+    "had a request yet.",
+)
 @click.option("--first-run", is_flag=True, help="Create an account and a key if there are none.")
 @click.option(
     "--accept-clock",
@@ -288,6 +302,7 @@ def serve(
     hosts: tuple[str, ...],
     port: int | None,
     demo: bool,
+    demo_if_no_key: bool,
     first_run: bool,
     accept_clock: bool,
     as_json: bool,
@@ -298,6 +313,7 @@ def serve(
     given = {name: value for name, value in listening.items() if value is not None}
     server = msgspec.structs.replace(loaded.settings.server, **given)
     settings = msgspec.structs.replace(loaded.settings, server=server)
+    demo_if_unused = demo_if_no_key and lacks_all_keys(settings)
     if not demo:
         check_ca_files(settings.upstreams)
     read_catalog(settings.codex.catalog)
@@ -308,7 +324,14 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=EventLoop) as runner:
             options = ServeOptions(
-                loaded, settings, documents, demo, first_run, accept_clock, as_json
+                loaded=loaded,
+                settings=settings,
+                documents=documents,
+                demo=demo,
+                demo_if_unused=demo_if_unused,
+                first_run=first_run,
+                accept_clock=accept_clock,
+                as_json=as_json,
             )
             status = runner.run(context.run(options))
     finally:

@@ -152,6 +152,10 @@ class Gateway:
             )
         self.config.write_text(settings)
 
+    def set_variable(self, name: str, value: str) -> None:
+        """Set a variable of the environment for the next start."""
+        self._env[name] = value
+
     def command(self, *arguments: str) -> list[str]:
         prelude = ["-c", self.prelude + RUN] if self.prelude and "serve" in arguments else []
         return [

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from packing.dist import build
 from tests.helpers.gateway import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
@@ -20,33 +20,22 @@ name = "test"
 base_url = "http://127.0.0.1:9/v1"
 api_key_env = "TEST_UPSTREAM_KEY"
 """
-SOURCES = ["redbtc_proxy.py", "pyproject.toml", "README.md"]
 SHIPPED = ["schema.sql", "config.toml", "prices.toml", "deploy/terms.md", "deploy/privacy.md"]
-
-
-def pip(*arguments: str | Path) -> None:
-    command = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-index"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    compiled = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "redbtc", source / "redbtc", ignore=compiled)
-    (source / "deploy").mkdir()
-    for name in [*SOURCES, *SHIPPED]:
-        shutil.copy(ROOT / name, source / name)
-    pip("wheel", source, "--no-build-isolation", "--wheel-dir", folder)
-    return next(folder.glob("*.whl"))
+    (built,) = build(tmp_path_factory.mktemp("wheel"), "wheel")
+    return built
 
 
 @pytest.mark.parametrize("option", ["--prefix", "--target"])
 def test_an_installed_command_finds_its_files(wheel: Path, tmp_path: Path, option: str) -> None:
     installed = tmp_path / "installed"
-    pip("install", wheel, option, installed, "--ignore-installed")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel)]
+    install += [option, str(installed), "--ignore-installed"]
+    pip = subprocess.run(install, capture_output=True, text=True)
+    assert pip.returncode == 0, pip.stderr
     (packages,) = [path.parent for path in installed.rglob("redbtc_proxy.py")]
     (tmp_path / "config.toml").write_text(CONFIG)
     env = {**os.environ, "PYTHONPATH": str(packages), "TEST_UPSTREAM_KEY": "sk-test"}
@@ -61,5 +50,7 @@ def test_an_installed_command_finds_its_files(wheel: Path, tmp_path: Path, optio
     script = installed / "bin" / "redbtc-proxy"
     run(script, "account", "add", "test")  # makes the database from schema.sql
     assert "test" in run(script, "account", "list")
+    run(script, "init", "made")
+    assert (tmp_path / "made" / "config.toml").read_bytes() == (ROOT / "config.toml").read_bytes()
     probe = f"import redbtc.config as c; print([c.shipped(each).read_text() for each in {SHIPPED}])"
     assert run("-c", probe) == f"{[(ROOT / each).read_text() for each in SHIPPED]}\n"

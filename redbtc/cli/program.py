@@ -1,0 +1,40 @@
+"""The commands that this program prints for people to copy: its own name, and its settings file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from redbtc.config import HERE, LoadedSettings
+
+SCRIPTS = (".py", ".pyz")
+
+
+def program_name() -> str:
+    """Return how this program was called, as a command."""
+    script = _shown(sys.argv[0])
+    if Path(sys.argv[0]).suffix in SCRIPTS:
+        return f"{_shown(sys.executable)} {script}"
+    return script
+
+
+def command_for(loaded: LoadedSettings) -> str:
+    """Return how this program is called so that it uses the same settings."""
+    named = os.environ.get("REDBTC_CONFIG")
+    usual = Path(named).absolute() if named else HERE / "config.toml"
+    if loaded.file in (None, usual):
+        return program_name()
+    return f"{program_name()} --config {_shown(str(loaded.file))}"
+
+
+def _shown(path: str) -> str:
+    """Return the shortest text that stands for the path of a file in a command."""
+    name = Path(path).name
+    found = shutil.which(name)
+    if found and os.path.samefile(found, path):
+        return shlex.quote(name)
+    relative, absolute = os.path.relpath(path), os.path.abspath(path)
+    return shlex.quote(min(relative, absolute, key=len))
