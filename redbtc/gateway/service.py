@@ -19,6 +19,7 @@ from redbtc.gateway.models import Models
 from redbtc.gateway.progress import save_progress
 from redbtc.gateway.site_routes import SiteRoutes
 from redbtc.gateway.upstream_metrics import UpstreamMetrics
+from redbtc.gateway.uptime import UptimeWatch
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
 from redbtc.store.clock import watch_clock
@@ -46,6 +47,7 @@ class Service:
         self.admin_routes = AdminRoutes(self.gateway, self.api)
         self.health_routes = HealthRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.site_routes = SiteRoutes(self.gateway, self.admin_routes.lazy_dashboard)
+        self.uptime = UptimeWatch(self.gateway)
         self.vitals = Vitals(billing.store, request_log)
         telemetry.registry.register(self.vitals)
         telemetry.registry.register(UpstreamMetrics(self.gateway.upstreams))
@@ -67,6 +69,7 @@ class Service:
                 "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
                 "clock": watch_clock(store.clock, log),
                 "size": watch_size(store),
+                "uptime": self.uptime.check_for_ever(),
                 "model catalog": gateway.catalog.keep_fresh(),
                 "loop lag": self.vitals.watch_loop(),
                 "log": watch_log(),
