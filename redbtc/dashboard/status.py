@@ -97,15 +97,12 @@ def status_of_day(minutes: UptimeMinutes, day: str) -> StatusOfDay | None:
 
 def page_of_status(found: Status) -> dict[str, Any]:
     """Return the variables of the page of the status."""
-    kinds = {
-        "Incidents": found.incidents,
-        "Maintenance": [each for each in found.notices if each.kind == "maintenance"],
-        "Coming changes": [each for each in found.notices if each.kind in ("price", "terms")],
-    }
+    maintenance = [each for each in found.notices if each.kind == "maintenance"]
+    changes = [each for each in found.notices if each.kind != "maintenance"]
     return {
         "status": found.status,
         "uptime_seconds": found.uptime_seconds,
-        "kinds": {name: notices for name, notices in kinds.items() if notices},
+        "notices": [*found.incidents, *maintenance, *changes],
         "past": found.past,
         "uptime": found.uptime,
         "bars": day_bars(found.uptime.days),

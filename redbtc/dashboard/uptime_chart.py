@@ -105,8 +105,8 @@ def percent_up(percent: float | None) -> str:
 
 
 # A day as a row for each hour, with a square for each minute.
-SQUARE, HOUR_LABEL = 5, 34
-HOURS = range(0, 24, 3)
+SQUARE, HOUR_LABEL, MINUTE_LABEL = 5, 30, 12
+HOUR_HEIGHT = SQUARE + 3
 
 
 def minute_grid(periods: Iterable[MinutesOfState]) -> Markup:
@@ -116,19 +116,24 @@ def minute_grid(periods: Iterable[MinutesOfState]) -> Markup:
         first = parse_time(each.began_at, 0, relative_to_past=True) // MINUTE % 1440
         look = LOOK_OF_STATE.get(each.state, "down")
         for row, column, count in hours_of(first, each.minutes):
-            x, y = HOUR_LABEL + column * SQUARE, row * (SQUARE + 3)
+            x, y = HOUR_LABEL + column * SQUARE, MINUTE_LABEL + row * HOUR_HEIGHT
             high = SQUARE + 2 if look == "down" else SQUARE
             shapes.setdefault(look, []).append(f"M{x} {y}h{count * SQUARE - 0.75:g}v{high}H{x}z")
     drawn = "".join(
         f'<path class="minutes-{look}" d="{"".join(lines)}"/>' for look, lines in shapes.items()
     )
-    labels = "".join(
-        f'<text x="0" y="{hour * (SQUARE + 3) + SQUARE}">{hour:02}:00</text>' for hour in HOURS
-    )
-    size = f"{HOUR_LABEL + 60 * SQUARE} {24 * (SQUARE + 3)}"
+    labels = [
+        f'<text x="0" y="{MINUTE_LABEL + hour * HOUR_HEIGHT + SQUARE}">{hour:02}:00</text>'
+        for hour in range(0, 24, 3)
+    ]
+    labels += [
+        f'<text x="{HOUR_LABEL + minute * SQUARE}" y="8">:{minute:02}</text>'
+        for minute in range(0, 60, 15)
+    ]
+    size = f"{HOUR_LABEL + 60 * SQUARE} {MINUTE_LABEL + 24 * HOUR_HEIGHT}"
     return Markup(
-        f'<svg class="chart uptime grid" viewBox="0 0 {size}" font-size="8" aria-hidden="true">'
-        f'<g class="bar-label">{labels}</g>{drawn}</svg>'
+        f'<svg class="chart uptime grid" viewBox="0 0 {size}" aria-hidden="true">'
+        f'<g class="minute-label">{"".join(labels)}</g>{drawn}</svg>'
     )
 
 

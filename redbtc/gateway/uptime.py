@@ -133,7 +133,7 @@ class UptimeWatch:
     def _check(self) -> None:
         store, meter = self._gateway.store, self.meter
         elapsed = time.clock_gettime_ns(ELAPSED) // 1_000_000
-        meter.check(store.time(), elapsed, self._state())
+        meter.check(store.time(), elapsed, serving_state(self._gateway))
         # One commit is waited for, so that a ledger that fails piles up nothing.
         if meter.unwritten and store.healthy and (self._writing is None or self._writing.done()):
             for period in meter.unwritten.values():
@@ -141,13 +141,13 @@ class UptimeWatch:
                 self._writing = store.record(sql, values, retry_until_written=True, durable=False)
             meter.unwritten = {}
 
-    def _state(self) -> UptimeState:
-        """Return whether a request would be served now, by what the gateway knows."""
-        gateway = self._gateway
-        if not gateway.store.healthy:
-            return "ledger"
-        if not gateway.upstreams.can_serve():
-            return "upstreams"
-        if gateway.draining:
-            return "draining"
-        return "maintenance" if gateway.billing.notices.maintenance() else "up"
+
+def serving_state(gateway: Gateway) -> UptimeState:
+    """Return whether a request would be served now, by what the gateway knows, or why not."""
+    if not gateway.store.healthy:
+        return "ledger"
+    if not gateway.upstreams.can_serve():
+        return "upstreams"
+    if gateway.draining:
+        return "draining"
+    return "maintenance" if gateway.billing.notices.maintenance() else "up"

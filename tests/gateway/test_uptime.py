@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redbtc.gateway.uptime import MAX_UNCHECKED, UptimeMeter
+from redbtc.gateway.uptime import MAX_UNCHECKED, UptimeMeter, serving_state
 from redbtc.store.uptime import UptimePeriod, UptimeState
 from redbtc.times import MINUTE
 
@@ -172,3 +173,16 @@ def test_a_ledger_that_fails_for_ever_piles_up_nothing() -> None:
     for minute in range(3000):
         meter.check(START + minute * MINUTE, minute * 1000, "ledger" if minute % 2 else "up")
     assert len(meter.unwritten) <= 1000
+
+
+@pytest.mark.parametrize("fault", ["ledger", "upstreams", "draining", "maintenance"])
+def test_whatever_keeps_requests_from_being_served_is_noticed(fault: str) -> None:
+    gateway: Any = SimpleNamespace(
+        store=SimpleNamespace(healthy=fault != "ledger"),
+        upstreams=SimpleNamespace(can_serve=lambda: fault != "upstreams"),
+        draining=fault == "draining",
+        billing=SimpleNamespace(
+            notices=SimpleNamespace(maintenance=lambda: fault == "maintenance" or None)
+        ),
+    )
+    assert serving_state(gateway) == fault
