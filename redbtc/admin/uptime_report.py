@@ -7,7 +7,8 @@ are counted and searched by C code, and 90 days take 130 KB.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from typing import Literal
 
 from msgspec import Struct
@@ -35,6 +36,7 @@ STATE_OF_MARK: dict[int, MinuteState] = {
 }
 MARK_OF_STATE: dict[str, bytes] = {state: bytes([mark]) for mark, state in STATE_OF_MARK.items()}
 SAME_MARKS = re.compile(rb"\++|\.+|p+|s+|l+|u+|d+|m+")
+DOWN_OR_PLANNED = re.compile(rb"p+|s+|l+|u+|d+|m+")
 DOWN_MARKS = b"sludm"
 TO_PLANNED = bytes.maketrans(DOWN_MARKS, b"p" * len(DOWN_MARKS))
 
@@ -74,10 +76,9 @@ class MinutesOfState(Struct):
     state: MinuteState
 
 
-class UptimeShown(Struct):
+class UptimeTotals(Struct):
     """The uptime in whole minutes, up to `until`. `since` is when the gateway began to measure it,
-    null if it has not yet measured a whole minute. `days` are the last 90, oldest first. `outages`
-    are the last 100 in them, newest first, the planned ones included."""
+    or 90 days ago if that is later; null if it has not yet measured a whole minute."""
 
     since: Moment | None
     until: Moment
@@ -85,6 +86,12 @@ class UptimeShown(Struct):
     last_7_days: UptimeSums
     last_30_days: UptimeSums
     last_90_days: UptimeSums
+
+
+class UptimeShown(UptimeTotals):
+    """The uptime by day as well. `days` are the last 90, oldest first. `outages` are the last 100
+    in them, newest first, the planned ones included."""
+
     days: list[UptimeOfDay]
     outages: list[MinutesOfState]
 
@@ -92,23 +99,25 @@ class UptimeShown(Struct):
 class UptimeMinutes:
     """The minutes of the last 90 days until `until`, which is the start of the running minute."""
 
-    def __init__(
-        self, periods: Iterable[UptimePeriod], planned: Iterable[PlannedTime], now: int
-    ) -> None:
-        """`periods` are in their order, `planned` are the maintenances that were announced. Times
-        are in milliseconds of the ledger's time."""
+    def __init__(self, now: int) -> None:
+        """Begin without data. `now` is the ledger's time in milliseconds, as are all times here."""
         self.until = now - now % MINUTE
         self.since: int | None = None  # the beginning of the measurement
         self._first = self.until - KEPT_DAYS * DAY
         self._marks = bytearray(b"." * (KEPT_DAYS * DAY // MINUTE))
-        for began, ended, state in periods:
-            if self.since is None:
-                self.since = max(began, self._first)
-                self._mark(self.since, self.until, b"s")
-            self._mark(began, ended, MARK_OF_STATE.get(state, b"."))
-        for since, until in planned:  # a minute of which any part was announced is planned
-            within = slice(self._place(since), self._place(until + MINUTE - 1))
-            self._marks[within] = self._marks[within].translate(TO_PLANNED)
+
+    def add(self, period: UptimePeriod) -> None:
+        """Add a measured period. They are added in their order."""
+        if self.since is None:
+            self.since = max(period.began_at, self._first)
+            self._mark(self.since, self.until, b"s")
+        self._mark(period.began_at, period.ended_at, MARK_OF_STATE.get(period.state, b"."))
+
+    def plan(self, time: PlannedTime) -> None:
+        """Let minutes of which any part was announced as maintenance count as planned, if the
+        gateway was down. All measured periods were added before."""
+        within = slice(self._place(time.since), self._place(time.until + MINUTE - 1))
+        self._marks[within] = self._marks[within].translate(TO_PLANNED)
 
     def _place(self, at: int) -> int:
         """Return the number of the minute of a time, the nearest one if it is out of range."""
@@ -135,32 +144,46 @@ class UptimeMinutes:
         """Return the successive minutes of each state in a time, oldest first."""
         first = self._first + self._place(since) * MINUTE
         return [
-            MinutesOfState(
-                began_at=json_time(first + each.start() * MINUTE),
-                ended_at=json_time(first + each.end() * MINUTE),
-                minutes=len(each[0]),
-                state=STATE_OF_MARK[each[0][0]],
-            )
+            minutes_from(first + each.start() * MINUTE, each[0])
             for each in SAME_MARKS.finditer(self._between(since, until))
         ]
 
-    def shown(self) -> UptimeShown:
-        """Return the uptime as it is shown."""
-        periods = self.periods(self._first, self.until)
-        outages = [each for each in periods if each.state not in ("up", "no_data")]
-        return UptimeShown(
+    def _outages(self) -> Iterator[MinutesOfState]:
+        """Yield the times in which the gateway was down or in planned maintenance, newest first."""
+        for each in DOWN_OR_PLANNED.finditer(self._marks[::-1]):
+            yield minutes_from(self.until - each.end() * MINUTE, each[0])
+
+    def totals(self) -> UptimeTotals:
+        """Return the sums of the last minutes."""
+        return UptimeTotals(
             since=None if self.since is None else json_time(self.since),
             until=json_time(self.until),
             last_24_hours=self._last(DAY),
             last_7_days=self._last(7 * DAY),
             last_30_days=self._last(30 * DAY),
             last_90_days=self._last(90 * DAY),
-            days=[sums for _, sums in self.days()],
-            outages=outages[: -MAX_OUTAGES - 1 : -1],
         )
+
+    def shown(self) -> UptimeShown:
+        """Return all that is shown of the uptime."""
+        return UptimeShown(
+            **asdict(self.totals()),
+            days=[sums for _, sums in self.days()],
+            outages=list(islice(self._outages(), MAX_OUTAGES)),
+        )
+
+
+def minutes_from(began: int, marks: bytes) -> MinutesOfState:
+    """Return successive minutes, which all have the same mark."""
+    ended = began + len(marks) * MINUTE
+    return MinutesOfState(json_time(began), json_time(ended), len(marks), STATE_OF_MARK[marks[0]])
 
 
 async def read_minutes(billing: Billing) -> UptimeMinutes:
     """Return the minutes of the last 90 days. Raises sqlite3.Error."""
-    periods, planned = await read_periods(billing.store), await billing.notices.planned()
-    return UptimeMinutes(periods, planned, billing.store.time())
+    minutes = UptimeMinutes(billing.store.time())
+    async for period in read_periods(billing.store):
+        minutes.add(period)
+    for time in await billing.notices.planned():
+        minutes.plan(time)
+    return minutes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Literal, NamedTuple
 
 from redbtc.store.database import Store
@@ -42,7 +43,7 @@ def forgetting_periods(now: int) -> SQLStatement:
     return FORGET_PERIODS, (now - KEPT_DAYS * DAY,)
 
 
-async def read_periods(store: Store) -> list[UptimePeriod]:
-    """Return all periods, oldest first. Raises sqlite3.Error."""
-    rows = store.rows(PERIODS)
-    return [UptimePeriod(row["began_at"], row["ended_at"], row["state"]) async for row in rows]
+async def read_periods(store: Store) -> AsyncIterator[UptimePeriod]:
+    """Yield all periods, oldest first. Raises sqlite3.Error."""
+    async for row in store.rows(PERIODS):
+        yield UptimePeriod(row["began_at"], row["ended_at"], row["state"])

@@ -33,6 +33,15 @@ def planned(since: int, until: int) -> PlannedTime:
     return PlannedTime(RUNNING - since * MINUTE, RUNNING - until * MINUTE)
 
 
+def minutes_of(periods: list[UptimePeriod], plan: list[PlannedTime]) -> UptimeMinutes:
+    minutes = UptimeMinutes(NOW)
+    for each in periods:
+        minutes.add(each)
+    for time in plan:
+        minutes.plan(time)
+    return minutes
+
+
 def counts(sums: UptimeSums) -> tuple[int, int, int, int, float | None]:
     return (
         sums.up_minutes,
@@ -50,7 +59,7 @@ def outage(since: int, until: int, state: MinuteState) -> MinutesOfState:
 
 def test_what_was_measured_is_up_or_down_and_what_is_before_is_not_known() -> None:
     periods = [period(100, 80), period(70, 60, "ledger"), period(60, 10), period(10, 0, "unknown")]
-    found = UptimeMinutes(periods, [], NOW).shown()
+    found = minutes_of(periods, []).shown()
     assert found.since == json_time(RUNNING - 100 * MINUTE)
     assert found.until == json_time(RUNNING)
     assert counts(found.last_24_hours) == (70, 20, 0, 1440 - 90, 77.777)
@@ -64,7 +73,7 @@ def test_what_was_measured_is_up_or_down_and_what_is_before_is_not_known() -> No
 
 def test_announced_maintenance_is_neither_up_nor_down() -> None:
     periods = [period(100, 80), period(80, 70, "maintenance"), period(70, 65), period(60, 0)]
-    found = UptimeMinutes(periods, [planned(90, 62), planned(5, -600)], NOW).shown()
+    found = minutes_of(periods, [planned(90, 62), planned(5, -600)]).shown()
     assert counts(found.last_24_hours)[:3] == (20 + 5 + 60, 2, 10 + 3)
     assert found.outages == [
         outage(62, 60, "stopped"),
@@ -72,24 +81,24 @@ def test_announced_maintenance_is_neither_up_nor_down() -> None:
         outage(80, 70, "planned"),
     ]
     part_of_a_minute = PlannedTime(RUNNING - 61 * MINUTE + 1, RUNNING - 61 * MINUTE + 2)
-    found = UptimeMinutes(periods, [part_of_a_minute], NOW).shown()
+    found = minutes_of(periods, [part_of_a_minute]).shown()
     assert outage(61, 60, "planned") in found.outages
 
 
 def test_a_percentage_is_rounded_down() -> None:
-    found = UptimeMinutes([period(129_600, 1)], [], NOW).shown()
+    found = minutes_of([period(129_600, 1)], []).shown()
     assert counts(found.last_90_days) == (129_599, 1, 0, 0, 99.999)
     assert found.last_90_days.percent != 100
 
 
 def test_a_gateway_that_was_off_for_a_year_was_down() -> None:
-    found = UptimeMinutes([period(500_000, 400_000)], [], NOW).shown()
+    found = minutes_of([period(500_000, 400_000)], []).shown()
     assert counts(found.last_90_days) == (0, 129_600, 0, 0, 0.0)
     assert found.since == found.outages[0].began_at
 
 
 def test_nothing_is_known_before_the_first_minute() -> None:
-    found = UptimeMinutes([], [planned(100, 0)], NOW).shown()
+    found = minutes_of([], [planned(100, 0)]).shown()
     assert (found.since, found.outages) == (None, [])
     assert counts(found.last_90_days) == (0, 0, 0, 129_600, None)
 
@@ -112,7 +121,7 @@ def test_minutes_are_what_each_of_them_is_by_itself(
             edges.append(period(at, at - length, state))
             at -= length + length % 3
     plan = [planned(since, since - length) for since, length in times]
-    minutes = UptimeMinutes(edges, plan, NOW)
+    minutes = minutes_of(edges, plan)
     expected: dict[str, int] = {}
     for number in range(9000):
         start = RUNNING - (number + 1) * MINUTE
@@ -136,6 +145,6 @@ def test_minutes_are_what_each_of_them_is_by_itself(
 
 def test_outages_are_bounded_for_a_gateway_that_flaps() -> None:
     periods = [period(at, at - 1) for at in range(129_600, 0, -2)]
-    found = UptimeMinutes(periods, [], NOW).shown()
+    found = minutes_of(periods, []).shown()
     assert len(found.outages) == MAX_OUTAGES
     assert counts(found.last_90_days) == (64_800, 64_800, 0, 0, 50.0)
