@@ -14,6 +14,7 @@ from redbtc.billing.prices import MAX_COST, Price
 from redbtc.billing.records import Balance, Payment
 from redbtc.billing.spending import Hold, Quote, Spending, SpendingLimitReached, SpendingOf
 from redbtc.billing.totals import RunningTotals
+from redbtc.billing.unpriced_models import UnpricedModels
 from redbtc.billing.webhook_messages import WebhookMessages
 from redbtc.config import BillingSettings
 from redbtc.errors import Conflict, UserError
@@ -55,6 +56,7 @@ class Billing:
         self.notices = Notices(store, settings, self.messages)
         self.documents = Documents(store)
         self.acceptances = Acceptances(store, self.documents)
+        self.unpriced = UnpricedModels(store, self.messages, self.may_serve)
         self._totals = RunningTotals(store)
 
     @classmethod

@@ -18,6 +18,7 @@ from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
 from redbtc.gateway.progress import save_progress
 from redbtc.gateway.site_routes import SiteRoutes
+from redbtc.gateway.unpriced import write_unpriced_for_ever
 from redbtc.gateway.upstream_metrics import UpstreamMetrics
 from redbtc.gateway.uptime import UptimeWatch
 from redbtc.gateway.view import GatewayView
@@ -69,6 +70,7 @@ class Service:
                 "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
                 "clock": watch_clock(store.clock, log),
                 "size": watch_size(store),
+                "unpriced models": write_unpriced_for_ever(gateway),
                 "uptime": self.uptime.check_for_ever(),
                 "model catalog": gateway.catalog.keep_fresh(),
                 "loop lag": self.vitals.watch_loop(),
