@@ -181,8 +181,8 @@ def check_unpriced(loaded: LoadedSettings) -> list[str]:
     patterns = patterns_with_price(loaded.database_path)
     names = [model for (model,) in rows_of(loaded.database_path, UNPRICED_NAMES)]
     missing = [model for model in names if not matches(model, patterns)]
-    about = "models were asked for and refused, since they have no price (price missing)"
-    return [f"{about}: {few(missing)}"] if missing else []
+    about = "clients asked for models that have no price, and were refused"
+    return [f"{about}: {few(missing)} (see price missing)"] if missing else []
 
 
 async def fetched_catalog(settings: Settings) -> bytes:

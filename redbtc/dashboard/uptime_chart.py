@@ -19,10 +19,10 @@ STATE_TEXTS: dict[MinuteState, str] = {
     "no_data": "No data",
     "planned": "Announced maintenance",
     "stopped": "Not running",
-    "ledger": "The ledger could not be written",
-    "upstreams": "No upstream could serve requests",
+    "ledger": "Ledger failed",
+    "upstreams": "No upstream",
     "draining": "Shutting down",
-    "maintenance": "Maintenance that was not announced before it began",
+    "maintenance": "Unannounced maintenance",
 }
 LOOK_OF_STATE = {"up": "up", "no_data": "none", "planned": "planned"}  # else down
 BAR_HEIGHT, STUB_HEIGHT, GAP = 40, 6, 3
@@ -105,7 +105,7 @@ def percent_up(percent: float | None) -> str:
 
 
 # A day as a row for each hour, with a square for each minute.
-SQUARE, HOUR_LABEL, MINUTE_LABEL = 5, 30, 12
+SQUARE, HOUR_LABEL, MINUTE_LABEL = 5, 36, 12
 HOUR_HEIGHT = SQUARE + 3
 
 

@@ -480,7 +480,7 @@ def test_the_uptime_is_accessible_and_its_days_are_reached_by_keyboard(
     row = page.get_by_role("row").filter(has=page.get_by_role("link", name=day))
     expect(row).to_contain_text("99.93 %")
     row.get_by_role("link").press("Enter")
-    expect(page.get_by_role("table")).to_contain_text("The ledger could not be written")
+    expect(page.get_by_role("table")).to_contain_text("Ledger failed")
     expect(page.get_by_role("table")).to_contain_text("02:10")
     page.context.close()
 

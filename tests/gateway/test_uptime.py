@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
+from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -11,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redbtc.gateway.uptime import MAX_UNCHECKED, UptimeMeter, serving_state
-from redbtc.store.uptime import UptimePeriod, UptimeState
-from redbtc.times import MINUTE
+from redbtc.store.database import Store
+from redbtc.store.uptime import UptimePeriod, UptimeState, forgetting_periods, read_periods
+from redbtc.times import DAY, MINUTE, now_ms
 
 pytestmark = pytest.mark.promise_9
 
@@ -175,7 +180,7 @@ def test_a_ledger_that_fails_for_ever_piles_up_nothing() -> None:
     assert len(meter.unwritten) <= 1000
 
 
-@pytest.mark.parametrize("fault", ["ledger", "upstreams", "draining", "maintenance"])
+@pytest.mark.parametrize("fault", ["up", "ledger", "upstreams", "draining", "maintenance"])
 def test_whatever_keeps_requests_from_being_served_is_noticed(fault: str) -> None:
     gateway: Any = SimpleNamespace(
         store=SimpleNamespace(healthy=fault != "ledger"),
@@ -186,3 +191,37 @@ def test_whatever_keeps_requests_from_being_served_is_noticed(fault: str) -> Non
         ),
     )
     assert serving_state(gateway) == fault
+
+
+async def kept(path: Path) -> tuple[int, list[tuple[int, int, str]]]:
+    """Open a ledger as a gateway does, forget what is old, and return its time and its periods."""
+    async with Store.open(path, "normal") as store:
+        await store.transact_step(forgetting_periods(store.time()))
+        return store.time(), [each async for each in read_periods(store)]
+
+
+def test_only_90_days_are_kept_and_the_newest_period_before(tmp_path: Path) -> None:
+    path = tmp_path / "redbtc.db"
+    asyncio.run(kept(path))
+    now = now_ms() // MINUTE * MINUTE
+    limit = now - 90 * DAY
+    rows = [
+        UptimePeriod(limit - 400 * DAY, limit - 300 * DAY, "up"),
+        UptimePeriod(limit - 300 * DAY, limit - 200 * DAY, "ledger"),
+        UptimePeriod(limit - 100 * DAY, limit - 50 * DAY, "up"),
+        UptimePeriod(limit - DAY, limit + DAY, "up"),
+        UptimePeriod(limit + 2 * DAY, limit + 3 * DAY, "up"),
+    ]
+    with closing(sqlite3.connect(path)) as database, database:
+        database.executemany("INSERT INTO uptime VALUES (?, ?, ?)", rows)
+    assert asyncio.run(kept(path))[1] == rows[2:]
+
+
+def test_the_time_does_not_go_back_behind_the_uptime(tmp_path: Path) -> None:
+    """Else a clock that is set back over a restart could make minutes of an absence up."""
+    path = tmp_path / "redbtc.db"
+    asyncio.run(kept(path))
+    ahead = now_ms() // MINUTE * MINUTE + 30 * MINUTE
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("INSERT INTO uptime VALUES (?, ?, 'up')", (ahead - DAY, ahead))
+    assert asyncio.run(kept(path))[0] >= ahead
