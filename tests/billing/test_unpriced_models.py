@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 
@@ -122,11 +124,15 @@ def test_what_no_upstream_offers_is_not_kept(refusing: Gateway) -> None:
     assert secret not in gateway.log()
 
 
-def test_an_erased_account_is_not_named(refusing: Gateway) -> None:
+def test_an_account_is_told_in_its_export_and_not_named_once_erased(refusing: Gateway) -> None:
     gateway = refusing
     ask(gateway, gateway.new_key("ada"), "new-1")
     ask(gateway, gateway.new_key("bob"), "new-1")
     wait_until(lambda: "new-1" in missing(gateway) and missing(gateway)["new-1"]["requests"] == 2)
+    gateway.cli("account", "export", "ada", "--to", str(gateway.folder / "ada.zip"))
+    with ZipFile(gateway.folder / "ada.zip") as archive:
+        found = json.loads(archive.read("refused-models.json"))["refused-models"]
+    assert [(each["model"], each["requests"]) for each in found] == [("new-1", 1)]
     gateway.cli("account", "terminate", "ada", "--now", "--yes")
     accounts = missing(gateway)["new-1"]["accounts"]
     assert [each["account"] for each in accounts] == ["bob"]
