@@ -7,7 +7,7 @@ are counted and searched by C code, and 90 days take 130 KB.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Literal
 
@@ -20,6 +20,7 @@ from redbtc.store.json_values import Moment, json_time
 from redbtc.store.uptime import KEPT_DAYS, UptimePeriod, read_periods
 from redbtc.times import DAY, MINUTE, day_of
 
+WRITTEN_AFTER = 5000  # milliseconds after its end, a minute is in the ledger
 MAX_OUTAGES = 100  # that are listed
 MinuteState = Literal[
     "up", "no_data", "planned", "stopped", "ledger", "upstreams", "draining", "maintenance"
@@ -179,10 +180,17 @@ def minutes_from(began: int, marks: bytes) -> MinutesOfState:
     return MinutesOfState(json_time(began), json_time(ended), len(marks), STATE_OF_MARK[marks[0]])
 
 
-async def read_minutes(billing: Billing) -> UptimeMinutes:
-    """Return the minutes of the last 90 days. Raises sqlite3.Error."""
-    minutes = UptimeMinutes(billing.store.time())
+async def read_minutes(
+    billing: Billing, checked_at: int | None = None, unwritten: Iterable[UptimePeriod] = ()
+) -> UptimeMinutes:
+    """Return the minutes of the last 90 days. `checked_at` is when the gateway was checked last,
+    and `unwritten` what was measured and may not be in the ledger yet; without them, minutes that
+    have just ended are left out. Raises sqlite3.Error."""
+    now = billing.store.time()
+    minutes = UptimeMinutes(now - WRITTEN_AFTER if checked_at is None else min(checked_at, now))
     async for period in read_periods(billing.store):
+        minutes.add(period)
+    for period in unwritten:
         minutes.add(period)
     for time in await billing.notices.planned():
         minutes.plan(time)

@@ -12,6 +12,7 @@ import prometheus_client
 from redbtc.dashboard.lazy import LazyDashboard
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.status_route import StatusRoute
+from redbtc.gateway.uptime import UptimeMeter
 from redbtc.headers import header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Receive, Scope, Send, ids_of, request_of, respond
@@ -28,9 +29,9 @@ async def healthz(scope: Scope, _: Receive, send: Send) -> None:
 class HealthRoutes:
     """The routes that say how the gateway is."""
 
-    def __init__(self, gateway: Gateway, dashboard: LazyDashboard) -> None:
+    def __init__(self, gateway: Gateway, dashboard: LazyDashboard, meter: UptimeMeter) -> None:
         self._gateway = gateway
-        self.status = StatusRoute(gateway, dashboard)
+        self.status = StatusRoute(gateway, dashboard, meter)
 
     async def readyz(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer whether a request would be served. Raises Refusal."""

@@ -46,9 +46,10 @@ class Service:
         self.api = API(billing, view, settings.dashboard_url, request_log)
         self.models = Models(self.gateway)
         self.admin_routes = AdminRoutes(self.gateway, self.api)
-        self.health_routes = HealthRoutes(self.gateway, self.admin_routes.lazy_dashboard)
-        self.site_routes = SiteRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.uptime = UptimeWatch(self.gateway)
+        dashboard, meter = self.admin_routes.lazy_dashboard, self.uptime.meter
+        self.health_routes = HealthRoutes(self.gateway, dashboard, meter)
+        self.site_routes = SiteRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.vitals = Vitals(billing.store, request_log)
         telemetry.registry.register(self.vitals)
         telemetry.registry.register(UpstreamMetrics(self.gateway.upstreams))

@@ -27,6 +27,7 @@ from redbtc.dashboard.status import (
 )
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.uptime import UptimeMeter
 from redbtc.headers import Headers, header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Receive, Scope, Send, request_of, respond
@@ -50,8 +51,9 @@ class StatusAnswer(NamedTuple):
 class StatusRoute:
     """The app of the route."""
 
-    def __init__(self, gateway: Gateway, dashboard: LazyDashboard) -> None:
+    def __init__(self, gateway: Gateway, dashboard: LazyDashboard, meter: UptimeMeter) -> None:
         self._gateway = gateway
+        self._meter = meter
         self._dashboard = dashboard
         self._kept: dict[tuple[bool, str], StatusAnswer] = {}
         self._minutes: tuple[float, object, UptimeMinutes] | None = None
@@ -110,7 +112,9 @@ class StatusRoute:
     async def _read_minutes(self) -> UptimeMinutes:
         now, version = time.monotonic(), self._gateway.billing.notices.version
         if self._minutes is None or now > self._minutes[0] or version != self._minutes[1]:
-            minutes = await read_minutes(self._gateway.billing)
+            last, unwritten = self._meter.handover, list(self._meter.unwritten.values())
+            billing = self._gateway.billing
+            minutes = await read_minutes(billing, last.at if last else None, unwritten)
             self._minutes = now + ANSWER_SECONDS, version, minutes
         return self._minutes[2]
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import NamedTuple, get_args
 
 from redbtc.gateway.gateway import Gateway
@@ -76,6 +77,12 @@ class UptimeMeter:
                 worst = between
         self._last = UptimeCheck(at, elapsed, worse(worst, state))
 
+    def forget(self, written: Mapping[int, UptimePeriod]) -> None:
+        """Forget periods that are in the ledger, unless they have become longer since."""
+        for began, period in written.items():
+            if self.unwritten.get(began) == period:
+                del self.unwritten[began]
+
     def _start(self, at: int) -> int:
         return at - at % self._minute
 
@@ -121,7 +128,8 @@ class UptimeWatch:
     def __init__(self, gateway: Gateway, last: UptimeCheck | None = None) -> None:
         """`last` is as for UptimeMeter."""
         self._gateway = gateway
-        self._writing: asyncio.Future[None] | None = None  # the newest period that was written
+        self._writing: asyncio.Future[None] | None = None  # done once `_written` are committed
+        self._written: dict[int, UptimePeriod] = {}
         self.meter = UptimeMeter(last, MINUTE)
 
     async def check_for_ever(self) -> None:
@@ -134,12 +142,15 @@ class UptimeWatch:
         store, meter = self._gateway.store, self.meter
         elapsed = time.clock_gettime_ns(ELAPSED) // 1_000_000
         meter.check(store.time(), elapsed, serving_state(self._gateway))
+        if self._writing and self._writing.done():
+            meter.forget(self._written)
+            self._writing = None
         # One commit is waited for, so that a ledger that fails piles up nothing.
-        if meter.unwritten and store.healthy and (self._writing is None or self._writing.done()):
-            for period in meter.unwritten.values():
+        if meter.unwritten and store.healthy and self._writing is None:
+            self._written = dict(meter.unwritten)
+            for period in self._written.values():
                 sql, values = period_statement(period)
                 self._writing = store.record(sql, values, retry_until_written=True, durable=False)
-            meter.unwritten = {}
 
 
 def serving_state(gateway: Gateway) -> UptimeState:

@@ -32,6 +32,17 @@ uptime.CHECK_SECONDS, uptime.MAX_UNCHECKED = 0.02, 3_000_000
 status_route.ANSWER_SECONDS = 0
 """
 
+# Commits fail while the file is there.
+FAILING = """
+import os
+from redbtc.store import writer
+write = writer.Writer._write
+def failing(self, *values):
+    if os.path.exists({fault!r}):
+        raise OSError(5, "by a test")
+    return write(self, *values)
+writer.Writer._write = failing
+"""
 PATIENT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -102,6 +113,23 @@ def test_announced_maintenance_is_planned_and_other_maintenance_is_down(fast: Ga
     assert found["outages"][0]["state"] == "maintenance"
     fast.api("POST", f"/notices/{at_once['id']}/withdraw")
     assert [each["text"] for each in fast.get("/status").json()["past"]] == ["Disk."]
+
+
+def test_a_ledger_that_fails_is_noticed_without_requests_and_counts_as_down(fast: Gateway) -> None:
+    fault = fast.folder / "fault"
+    fast.prelude += FAILING.format(fault=str(fault))
+    fast.start()
+    wait_for_minutes(fast, "up", 2)
+    fault.touch()
+    wait_until(lambda: fast.get("/status").json()["status"] == "incident")
+    found = wait_for_minutes(fast, "down", 4)
+    assert {each["state"] for each in found["outages"]} == {"ledger"}, "also what is not written"
+    fault.unlink()
+    before = found["last_24_hours"]["up_minutes"]
+    found = wait_for_minutes(fast, "up", before + 2)
+    assert {each["state"] for each in found["outages"]} == {"ledger"}, (
+        "it was measured all the time"
+    )
 
 
 def test_what_was_measured_is_kept_when_the_gateway_ends(fast: Gateway) -> None:

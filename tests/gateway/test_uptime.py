@@ -180,6 +180,20 @@ def test_a_ledger_that_fails_for_ever_piles_up_nothing() -> None:
     assert len(meter.unwritten) <= 1000
 
 
+def test_what_has_become_longer_while_it_was_written_is_written_again() -> None:
+    meter = UptimeMeter()
+    for second in range(-1, 61):
+        meter.check(START + second * 1000, second * 1000, "up")
+    written = dict(meter.unwritten)
+    assert list(written.values()) == [(START, START + MINUTE, "up")]
+    for second in range(61, 121):
+        meter.check(START + second * 1000, second * 1000, "up")
+    meter.forget(written)
+    assert list(meter.unwritten.values()) == [(START, START + 2 * MINUTE, "up")]
+    meter.forget(dict(meter.unwritten))
+    assert not meter.unwritten
+
+
 @pytest.mark.parametrize("fault", ["up", "ledger", "upstreams", "draining", "maintenance"])
 def test_whatever_keeps_requests_from_being_served_is_noticed(fault: str) -> None:
     gateway: Any = SimpleNamespace(
