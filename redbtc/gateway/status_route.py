@@ -31,6 +31,8 @@ from redbtc.gateway.uptime import UptimeMeter
 from redbtc.headers import Headers, header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Receive, Scope, Send, request_of, respond
+from redbtc.store.uptime import KEPT_DAYS
+from redbtc.times import DAY, day_of
 
 ANSWER_SECONDS = 5.0
 MAX_ANSWERS = 200  # answers: each of 90 days, as JSON and as a page, and the present
@@ -66,7 +68,7 @@ class StatusRoute:
         request.route = "/status"
         accept = header(scope["headers"], b"accept") or b""
         as_page = prefers_html(accept.decode("latin-1"))
-        day = QueryParams(scope["query_string"][:MAX_STATUS_QUERY]).get("day", "")
+        day = self._day(QueryParams(scope["query_string"][:MAX_STATUS_QUERY]).get("day", ""))
         try:
             answer = await self._answer(as_page, day)
         except (sqlite3.Error, StorageUnavailable):
@@ -77,6 +79,14 @@ class StatusRoute:
         content_type = STATUS_PAGE if as_page else STATUS_JSON
         await respond(request, send, answer.code, answer.body, headers, content_type)
 
+    def _day(self, asked: str) -> str:
+        """Return the day that is asked for, "" for none, and the same word for all days that are
+        not known, so that they share an answer."""
+        if not asked:
+            return ""
+        today = self._gateway.store.time() // DAY
+        return asked if asked in map(day_of, range(today, today - KEPT_DAYS, -1)) else "unknown"
+
     async def _answer(self, as_page: bool, day: str) -> StatusAnswer:
         if found := self._fresh(as_page, day):
             return found
@@ -86,10 +96,9 @@ class StatusRoute:
             conditions = self._conditions()
             code, body = await (self._page(day) if as_page else self._json(day))
             answer = StatusAnswer(time.monotonic() + ANSWER_SECONDS, conditions, code, body)
-            if code == 200:
-                while len(self._kept) >= MAX_ANSWERS:
-                    del self._kept[next(iter(self._kept))]
-                self._kept[as_page, day] = answer
+            while len(self._kept) >= MAX_ANSWERS:
+                del self._kept[next(iter(self._kept))]
+            self._kept[as_page, day] = answer
             return answer
 
     def _fresh(self, as_page: bool, day: str) -> StatusAnswer | None:
