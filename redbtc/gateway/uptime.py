@@ -46,12 +46,10 @@ class UptimeCheck(NamedTuple):
 class UptimeMeter:
     """The minutes that are over, as periods to write, and the state of the running one. No I/O."""
 
-    def __init__(self, last: UptimeCheck | None = None, minute: int = MINUTE) -> None:
-        """`last` is the last check of the process from which this one takes over without a gap.
-        `minute` is the length of a minute in milliseconds."""
+    def __init__(self, last: UptimeCheck | None = None) -> None:
+        """`last` is the last check of the process from which this one takes over without a gap."""
         self.unwritten: dict[int, UptimePeriod] = {}  # by their beginning
         self._last = last
-        self._minute = minute
         self._period: UptimePeriod | None = None  # that ends where the running minute begins
 
     @property
@@ -70,10 +68,10 @@ class UptimeMeter:
         else:
             between = state_between(last, at, elapsed)
             worst = worse(last.worst, between)
-            ended, began = self._start(last.at), self._start(at)
+            ended, began = last.at - last.at % MINUTE, at - at % MINUTE
             if ended < began:
-                self._end_minutes(ended, ended + self._minute, worst)
-                self._end_minutes(ended + self._minute, began, between)
+                self._end_minutes(ended, ended + MINUTE, worst)
+                self._end_minutes(ended + MINUTE, began, between)
                 worst = between
         self._last = UptimeCheck(at, elapsed, worse(worst, state))
 
@@ -82,9 +80,6 @@ class UptimeMeter:
         for began, period in written.items():
             if self.unwritten.get(began) == period:
                 del self.unwritten[began]
-
-    def _start(self, at: int) -> int:
-        return at - at % self._minute
 
     def _end_minutes(self, began: int, ended: int, state: UptimeState) -> None:
         """Note the state of minutes that are over."""
@@ -130,7 +125,7 @@ class UptimeWatch:
         self._gateway = gateway
         self._writing: asyncio.Future[None] | None = None  # done once `_written` are committed
         self._written: dict[int, UptimePeriod] = {}
-        self.meter = UptimeMeter(last, MINUTE)
+        self.meter = UptimeMeter(last)
 
     async def check_for_ever(self) -> None:
         """Check the gateway every second, and write each minute once it is over."""
