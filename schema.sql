@@ -1394,6 +1394,45 @@ WHEN NOT EXISTS (SELECT 1 FROM erasing WHERE account_id = OLD.account_id) BEGIN
          WHERE before <> after;
 END;
 
+-- version 17
+
+-- Whether the gateway could serve requests, as it measured it itself, in whole minutes. Minutes that no
+-- row has passed while it was not running (redbtc/store/uptime.py). Of what ended more than 90 days ago,
+-- only the newest row is kept.
+CREATE TABLE uptime (
+    began_at            INTEGER PRIMARY KEY,    -- the start of a minute
+    ended_at            INTEGER NOT NULL CHECK (ended_at >= began_at),
+    state               TEXT NOT NULL CHECK (state IN ('up', 'unknown', 'maintenance', 'draining',
+                            'upstreams', 'ledger'))     -- the worst of each minute; unknown: the clock
+                                                -- skipped it
+) STRICT;
+
+-- Models that clients asked for and that were refused since they have no price: only names that an
+-- upstream offers (redbtc/billing/unpriced_models.py).
+CREATE TABLE unpriced_models (
+    model               TEXT PRIMARY KEY CHECK (length(model) BETWEEN 1 AND 64),
+    requests            INTEGER NOT NULL CHECK (requests > 0),  -- that were refused
+    first_at            INTEGER NOT NULL,
+    last_at             INTEGER NOT NULL,
+    told_at             INTEGER                 -- when the webhook was told; NULL: it was not
+) STRICT, WITHOUT ROWID;
+
+-- The accounts that asked for them.
+CREATE TABLE unpriced_model_accounts (
+    model               TEXT NOT NULL REFERENCES unpriced_models (model) ON DELETE CASCADE,
+    account_id          TEXT NOT NULL REFERENCES accounts (id),
+    requests            INTEGER NOT NULL CHECK (requests > 0),
+    last_at             INTEGER NOT NULL,
+    PRIMARY KEY (model, account_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX unpriced_models_of_an_account ON unpriced_model_accounts (account_id);
+
+PRAGMA writable_schema = ON;
+UPDATE sqlite_schema
+   SET sql = replace(sql, '''budget.reached''', '''budget.reached'', ''model.unpriced''')
+ WHERE type = 'table' AND name = 'webhook_messages';
+PRAGMA writable_schema = RESET;
+
 -- The triggers below take the place of those of the same names.
 
 -- triggers

@@ -73,6 +73,7 @@ from redbtc.admin.outputs import (
     Reloaded,
     RequestReport,
     SessionList,
+    UnpricedModelList,
     UpstreamAtWork,
     UpstreamChangeList,
     UpstreamList,
@@ -264,6 +265,7 @@ OPERATIONS = (
     operation(
         "GET", "/prices/which", "operator", API.which_price, WhichPrice, query=WhichPriceQuery
     ),
+    operation("GET", "/prices/missing", "operator", API.list_missing_prices, UnpricedModelList),
     operation(
         "POST", "/prices", "operator", API.add_prices, PricesAdded, body=NewPrices, status=201
     ),

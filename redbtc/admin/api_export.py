@@ -23,7 +23,7 @@ from redbtc.times import MONTH, now_ms, parse_time
 
 EXPORT_PART = re.compile(rf"account|statements|content|usage-({MONTH.pattern})")
 CONTENT_AT_ONCE = 100  # requests whose stored content is one part
-ACCOUNT_FILES = 15  # of the part `account`
+ACCOUNT_FILES = 17  # of the part `account`
 ID_OF_REQUEST = "req_[0-9a-f]{32}"
 # A request for stored content is in the log of changes once for each export and actor.
 NOTE_CONTENT_EXPORT = """

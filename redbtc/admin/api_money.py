@@ -22,6 +22,7 @@ from redbtc.admin.outputs import (
     NoticeWithdrawn,
     PaymentAdded,
     PaymentList,
+    UnpricedModelList,
 )
 from redbtc.admin.validation import time_in
 from redbtc.billing.overviews import months
@@ -56,6 +57,10 @@ class MoneyOperations(Access):
         now = self.billing.store.time()
         at = time_in(query.at, now) or now
         return which_price(self.billing, query.model, at, query.tier, query.input_tokens)
+
+    async def list_missing_prices(self, actor: Actor) -> UnpricedModelList:
+        """List the models that were asked for and refused since they have no price."""
+        return UnpricedModelList(await self.billing.unpriced.listed())
 
     async def add_prices(self, actor: Actor, body: NewPrices) -> PricesAdded:
         """Add prices, all or none. The answer says which models they apply to."""

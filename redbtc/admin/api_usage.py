@@ -30,6 +30,7 @@ from redbtc.admin.outputs import (
     UsageReport,
 )
 from redbtc.admin.set_time import TimeSet, preview, set_time, time_to_set
+from redbtc.admin.uptime_report import read_minutes
 from redbtc.billing.billing import Billing
 from redbtc.billing.overviews import lately, spending_overview, traffic
 from redbtc.billing.reports import (
@@ -169,6 +170,8 @@ class UsageOperations(Access):
             lately=await lately(billing),
             database=database_size(billing),
             closing=await asked_to_close(billing.store),
+            uptime=(await read_minutes(billing)).totals(),
+            unpriced=await billing.unpriced.listed(),
         )
 
     async def list_changes(self, actor: Actor, query: ChangesQuery) -> ChangeList:

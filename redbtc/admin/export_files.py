@@ -46,6 +46,9 @@ FIRST_REQUEST_SINCE = """
 ACCEPTANCES_OF_ACCOUNT = """
     SELECT document, version, user_id, accepted_at FROM acceptances
      WHERE account_id = ? AND accepted_at < ? ORDER BY accepted_at, document"""
+REFUSED_MODELS_OF_ACCOUNT = """
+    SELECT model, requests, last_at FROM unpriced_model_accounts
+     WHERE account_id = ? AND last_at < ? ORDER BY model"""
 INCOMPLETE = (
     b"Parts of these bodies were not stored: they were too long, came too fast, or had an API key "
     b"or a credential in them.\n"
@@ -59,6 +62,14 @@ class ExportedAcceptance(Struct):
     version: str
     user_id: str
     accepted_at: Moment
+
+
+class ExportedRefusal(Struct):
+    """A model that the account asked for and that was refused since it has no price."""
+
+    model: str
+    requests: int
+    last_at: Moment
 
 
 class AccountExport:
@@ -95,7 +106,7 @@ class AccountExport:
 
     async def account_files(self) -> AsyncIterator[ExportedFile]:
         """Yield the account, its logins and keys, its payments, notices, changes and acceptances,
-        and its usage by day and model."""
+        the models that it was refused, and its usage by day and model."""
         yield ExportedFile("account.json", at_once(msgspec.json.encode(self._account)))
         for name, kind, rows in (
             ("logins", UserShown, await self._access.users.all(self._account.id, None)),
@@ -105,8 +116,9 @@ class AccountExport:
         ):
             for file in table_files(name, columns_of(kind), created_before(self._until, rows)):
                 yield file
-        for file in table_files(
-            "acceptances", columns_of(ExportedAcceptance), await self._accepted()
+        for file in (
+            *table_files("acceptances", columns_of(ExportedAcceptance), await self._accepted()),
+            *table_files("refused-models", columns_of(ExportedRefusal), await self._refused()),
         ):
             yield file
         yield ExportedFile("changes.json", json_list("changes", self._changes()))
@@ -151,6 +163,13 @@ class AccountExport:
         rows = self._store.rows(ACCEPTANCES_OF_ACCOUNT, (self._account.id, self._as_of))
         return [
             ExportedAcceptance(**{**by_name(row), "accepted_at": json_time(row["accepted_at"])})
+            async for row in rows
+        ]
+
+    async def _refused(self) -> list[ExportedRefusal]:
+        rows = self._store.rows(REFUSED_MODELS_OF_ACCOUNT, (self._account.id, self._as_of))
+        return [
+            ExportedRefusal(row["model"], row["requests"], json_time(row["last_at"]))
             async for row in rows
         ]
 

@@ -6,10 +6,12 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
+from redbtc.admin.uptime_report import UptimeTotals
 from redbtc.admin.users import SessionShown, UserShown
 from redbtc.billing.overviews import AccountInList, Lately, Month, SpendingOverview, TrafficOfDay
 from redbtc.billing.records import Balance, Notice, Payment
 from redbtc.billing.reports import Group, RequestShown, Sums
+from redbtc.billing.unpriced_models import UnpricedModel
 from redbtc.billing.webhook_messages import WebhookMessage
 from redbtc.store.accounts import Account, KeyInList, KeyShown
 from redbtc.store.changes import Change
@@ -248,14 +250,23 @@ class AtWork(Struct):
     upstreams: list[UpstreamAtWork]
 
 
+class UnpricedModelList(Struct):
+    """Models that were refused since they have no price, the latest first."""
+
+    models: list[UnpricedModel]
+
+
 class Overview(AtWork):
-    """The state of the gateway, traffic and spending."""
+    """The state of the gateway, traffic and spending. `unpriced` are models that were refused since
+    they have no price."""
 
     traffic: list[TrafficOfDay]
     spending: SpendingOverview
     lately: Lately
     database: DatabaseSize
     closing: list[AskedToClose]
+    uptime: UptimeTotals
+    unpriced: list[UnpricedModel]
 
 
 class MeShown(Struct):

@@ -49,6 +49,9 @@ LATER = {
     "acceptances": "accepted_at > ?1",
     "changes": "changed_at > ?1",
     "runs": "started_at > ?1",
+    "uptime": "ended_at > ?1",
+    "unpriced_models": "max(last_at, ifnull(told_at, 0)) > ?1",
+    "unpriced_model_accounts": "last_at > ?1",
     "reopened": "reopened_at > ?1",
     "users": "max(created_at, ifnull(password_set_at, 0),"
     f" ifnull(link_expires_at, 0) - {LINK_LASTS}) > ?3",
@@ -177,6 +180,11 @@ MOVES = (
     move("documents", "published_at"),
     move("acceptances", "accepted_at"),
     move("runs", "started_at"),
+    # Of the uptime, what began later never was; what ended later ends now.
+    f"DELETE FROM uptime WHERE began_at > {AT}",
+    f"UPDATE uptime SET ended_at = {AT} WHERE began_at <= {AT} AND ended_at > {AT}",
+    move("unpriced_models", "first_at", "last_at", "told_at"),
+    move("unpriced_model_accounts", "last_at"),
     # Requests that were erased are now in the sums of that day, of which no part can be reported.
     f"""UPDATE retention SET usage_before = min(usage_before, ({THAT_DAY} + 1) * {DAY}),
                clock_seen_at = min(clock_seen_at, {AT}), leapt_at = min(leapt_at, {AT})""",

@@ -14,6 +14,7 @@ from redbtc.billing.prices import MAX_COST, Price
 from redbtc.billing.records import Balance, Payment
 from redbtc.billing.spending import Hold, Quote, Spending, SpendingLimitReached, SpendingOf
 from redbtc.billing.totals import RunningTotals
+from redbtc.billing.unpriced_models import UnpricedModels
 from redbtc.billing.webhook_messages import WebhookMessages
 from redbtc.config import BillingSettings
 from redbtc.errors import Conflict, UserError
@@ -56,6 +57,7 @@ class Billing:
         self.documents = Documents(store)
         self.acceptances = Acceptances(store, self.documents)
         self.totals = RunningTotals(store)
+        self.unpriced = UnpricedModels(store, self.messages, self.may_serve)
 
     @classmethod
     async def open(cls, store: Store, settings: BillingSettings) -> Billing:

@@ -41,6 +41,16 @@ NOTICES_TO = f"""{NOTICE}
 MAINTENANCES = f"""
     SELECT effective_at AS since, ifnull(until, {1 << 62}) AS until, text FROM notices
      WHERE refuses_requests AND withdrawn_at IS NULL AND ifnull(notices.until, ?1 + 1) > ?1"""
+# What was announced before it began, as long as it was not withdrawn.
+PLANNED_TIMES = f"""
+    SELECT effective_at AS since,
+           min(ifnull(until, {1 << 62}), ifnull(withdrawn_at, {1 << 62})) AS until
+      FROM notices WHERE kind = 'maintenance' AND created_at < effective_at
+       AND ifnull(withdrawn_at, effective_at + 1) > effective_at ORDER BY effective_at"""
+PAST_EVENTS = f"""{NOTICE}
+     WHERE kind IN ('incident', 'maintenance') AND account_id IS NULL AND withdrawn_at IS NULL
+       AND until BETWEEN ?1 AND ?2 ORDER BY effective_at DESC, notices.rowid DESC LIMIT ?3"""
+NEWEST_NOTICE = "SELECT max(rowid) FROM notices"
 WITHDRAW = "UPDATE notices SET withdrawn_at = ifnull(withdrawn_at, ?) WHERE id = ?"
 
 
@@ -52,6 +62,13 @@ class Maintenance(NamedTuple):
     text: str
 
 
+class PlannedTime(NamedTuple):
+    """The time of a maintenance that was announced before it began, in milliseconds."""
+
+    since: int
+    until: int
+
+
 class Notices:
     """The notices of the gateway. Those of budgets are messages to the webhook, too."""
 
@@ -61,6 +78,7 @@ class Notices:
         self._store = store
         self._messages = messages
         self._maintenances: list[Maintenance] = []
+        self._read = 0  # how often these were read
 
     async def add(
         self,
@@ -120,12 +138,29 @@ class Notices:
         rows = self._store.rows(NOTICES_TO, (account_id,))
         return [Notice.of(row).for_account() async for row in rows]
 
+    async def past_events(self, since: int, limit: int) -> list[Notice]:
+        """Return the newest `limit` incidents and maintenances that have ended since a time, newest
+        first."""
+        rows = self._store.rows(PAST_EVENTS, (since, self._store.time(), limit))
+        return [Notice.of(row).for_account() async for row in rows]
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What is different after a notice was added or withdrawn. Raises StorageUnavailable."""
+        newest = self._store.look_up(NEWEST_NOTICE, ())
+        return self._read, (newest and newest[0]) or 0
+
     # Maintenance
+
+    async def planned(self) -> list[PlannedTime]:
+        """Return the times of the maintenances that were announced before they began."""
+        return [PlannedTime(**by_name(row)) async for row in self._store.rows(PLANNED_TIMES)]
 
     async def read_maintenances(self) -> None:
         """Read from the ledger when requests are to be refused."""
         rows = self._store.rows(MAINTENANCES, (self._store.time(),))
         self._maintenances = [Maintenance(**by_name(row)) async for row in rows]
+        self._read += 1
 
     def maintenance(self) -> Maintenance | None:
         """Return the maintenance for which requests are refused now, None if there is none."""

@@ -119,7 +119,12 @@ class WebhookMessage(Struct):
 
     id: str
     type: Literal[
-        "budget.reached", "upstream.out", "upstream.back", "upstream.credentials", "account.closing"
+        "budget.reached",
+        "upstream.out",
+        "upstream.back",
+        "upstream.credentials",
+        "account.closing",
+        "model.unpriced",
     ]
     data: dict[str, Any]
     state: Literal["waiting", "delivered", "given_up"]

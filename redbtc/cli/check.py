@@ -16,6 +16,7 @@ import msgspec
 from redbtc.billing.document_files import read_documents
 from redbtc.billing.documents import DOCUMENTS, by_document, is_new
 from redbtc.billing.model_patterns import matches
+from redbtc.billing.price_texts import few
 from redbtc.cli.main import CommandContext, commands, json_option, show
 from redbtc.codex.catalog import MAX_BODY, SETTING, CatalogError, parse_catalog, size_of
 from redbtc.codex.model_info import MEASURED_VERSION
@@ -83,6 +84,7 @@ def check(context: CommandContext, upstreams: bool, as_json: bool) -> None:
         problems += check_file(loaded.database_path, currency)
         problems += check_documents(loaded)
         catalog_problems, notes = check_catalog(loaded, fetches=upstreams)
+        notes += check_unpriced(loaded)
         asked = asyncio.run(ask_all(loaded.settings)) if upstreams else None
         show_check(loaded, problems + catalog_problems, asked, as_json, notes)
 
@@ -167,6 +169,20 @@ def check_catalog(loaded: LoadedSettings, *, fetches: bool) -> tuple[list[str], 
         f"more than {MAX_BODY}"
     )
     return [problem], notes
+
+
+UNPRICED_NAMES = "SELECT model FROM unpriced_models ORDER BY requests DESC, model"
+
+
+def check_unpriced(loaded: LoadedSettings) -> list[str]:
+    """Return a note about models that clients asked for and that have no price."""
+    if loaded.settings.billing.unpriced_models == "free":
+        return []
+    patterns = patterns_with_price(loaded.database_path)
+    names = [model for (model,) in rows_of(loaded.database_path, UNPRICED_NAMES)]
+    missing = [model for model in names if not matches(model, patterns)]
+    about = "clients asked for models that have no price, and were refused"
+    return [f"{about}: {few(missing)} (see price missing)"] if missing else []
 
 
 async def fetched_catalog(settings: Settings) -> bytes:

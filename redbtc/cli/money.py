@@ -193,6 +193,26 @@ def price_which(context: CommandContext, /, as_json: bool, **options: Any) -> No
     show(found, as_json, text)
 
 
+@price.command("missing")
+@json_option
+@click.pass_obj
+def price_missing(context: CommandContext, as_json: bool) -> None:
+    """List models that were asked for and refused since they have no price.
+
+    Only names that an upstream offers are listed. A model disappears once it has a price."""
+    found = context.call("GET", "/admin/v1/prices/missing")
+
+    def text() -> str:
+        rows = [
+            {**each, "accounts": few([one["account"] for one in each["accounts"]])}
+            for each in found["models"]
+        ]
+        columns = ["model", "requests", "first_at", "last_at", "accounts"]
+        return table(rows, columns) if rows else "No model was refused since it has no price."
+
+    show(found, as_json, text)
+
+
 @commands.group()
 def payment() -> None:
     """Manage payments."""

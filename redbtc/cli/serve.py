@@ -35,7 +35,6 @@ from redbtc.config import (
     with_demo,
 )
 from redbtc.errors import StorageUnavailable, UserError
-from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.reloading import publish_documents, publish_reloaded
 from redbtc.gateway.service import Service
 from redbtc.money import NANOS
@@ -82,7 +81,7 @@ class TakingOver(Protocol):
     async def wait_for_end(self, changes: SchemaChanges, database: Path) -> None:
         """Wait until the other process has ended. Raises UserError."""
 
-    async def take_over(self, gateway: Gateway) -> None:
+    async def take_over(self, service: Service) -> None:
         """Say that this process is ready, and take over. Raises UserError."""
 
 
@@ -130,7 +129,7 @@ async def open_service(
     service = Service(billing, settings, process.telemetry, end_if_failed, request_log)
     gateway = service.gateway
     if joining and takes_over:
-        await joining.take_over(gateway)
+        await joining.take_over(service)
         await publish_reloaded(billing, options.documents, settings)
     log_start(url, listeners, billing.store, settings)
     if not billing.prices.prices and settings.billing.unpriced_models == "refuse":

@@ -56,6 +56,12 @@ def month_name(month: str) -> str:
     return f"{date.fromisoformat(f'{month}-01'):%B %Y}"
 
 
+def date_name(day: str) -> str:
+    """Return a day with the name of its month: 29 November 2026 for 2026-11-29."""
+    found = date.fromisoformat(day)
+    return f"{found.day} {found:%B %Y}"
+
+
 def size(number: int) -> str:
     """Return a number of bytes in its largest unit: 1.5 MB."""
     amount, unit = float(number), "B"

@@ -21,6 +21,7 @@ from redbtc.dashboard.formats import (
     browser,
     count,
     counted,
+    date_name,
     duration,
     exact,
     failure,
@@ -32,6 +33,7 @@ from redbtc.dashboard.formats import (
     utc,
 )
 from redbtc.dashboard.sessions import PAGE_HEADERS
+from redbtc.dashboard.uptime_chart import percent_up
 from redbtc.errors import UserError
 from redbtc.money import money
 from redbtc.slices import with_turns
@@ -73,7 +75,7 @@ def environment() -> jinja2.Environment:
     )
     found.filters.update(counted=counted, percent=percent, month_name=month_name)
     found.filters.update(aligned=aligned, literal=literal, shell=shlex.quote, browser=browser)
-    found.filters.update(failure=failure)
+    found.filters.update(failure=failure, date_name=date_name, percent_up=percent_up)
     found.tests["moment"] = is_moment
     found.globals["once"] = lambda: secrets.token_hex(8)
     return found

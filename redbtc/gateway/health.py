@@ -1,23 +1,18 @@
-"""The routes for supervisors, monitors and browsers: /healthz, /readyz, /status, /metrics, and CORS
-preflights."""
+"""The routes for supervisors, monitors and browsers: /healthz, /readyz, /metrics, and CORS
+preflights; /status is in status_route.py."""
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
 import os
-import sqlite3
-import time
 
-import msgspec
 import prometheus_client
-from msgspec.structs import asdict
 
 from redbtc.dashboard.lazy import LazyDashboard
-from redbtc.dashboard.sessions import PAGE_HEADERS
-from redbtc.dashboard.status import prefers_html
-from redbtc.dashboard.status import status as public_status
 from redbtc.gateway.gateway import Gateway
+from redbtc.gateway.status_route import StatusRoute
+from redbtc.gateway.uptime import UptimeMeter
 from redbtc.headers import header
 from redbtc.refusals import Refusal
 from redbtc.server.asgi import Receive, Scope, Send, ids_of, request_of, respond
@@ -34,9 +29,9 @@ async def healthz(scope: Scope, _: Receive, send: Send) -> None:
 class HealthRoutes:
     """The routes that say how the gateway is."""
 
-    def __init__(self, gateway: Gateway, dashboard: LazyDashboard) -> None:
+    def __init__(self, gateway: Gateway, dashboard: LazyDashboard, meter: UptimeMeter) -> None:
         self._gateway = gateway
-        self._dashboard = dashboard
+        self.status = StatusRoute(gateway, dashboard, meter)
 
     async def readyz(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer whether a request would be served. Raises Refusal."""
@@ -50,26 +45,6 @@ class HealthRoutes:
         if not await gateway.store.can_commit():
             raise Refusal("ledger_unavailable")
         await respond(request, send, 200, b'{"status":"ready"}')
-
-    async def status(self, scope: Scope, _: Receive, send: Send) -> None:
-        """Answer to everybody whether the gateway works, and with the notices for all accounts, as
-        JSON or as a page."""
-        request = request_of(scope)
-        request.route = "/status"
-        gateway = self._gateway
-        uptime, can_serve = round(time.monotonic() - gateway.started), gateway.upstreams.can_serve()
-        try:
-            status = await public_status(gateway.billing, uptime, can_serve)
-        except sqlite3.Error:
-            raise Refusal("ledger_unavailable") from None
-        accept = header(scope["headers"], b"accept") or b""
-        if prefers_html(accept.decode("latin-1")):
-            page = await self._dashboard.render("status.html", asdict(status))
-            headers = [(name.encode(), value.encode()) for name, value in PAGE_HEADERS.items()]
-            content_type = page.headers["content-type"].encode()
-            await respond(request, send, page.status_code, bytes(page.body), headers, content_type)
-        else:
-            await respond(request, send, 200, msgspec.json.encode(status))
 
     async def metrics(self, scope: Scope, _: Receive, send: Send) -> None:
         """Answer with the metrics as Prometheus text, to loopback or with the token of the

@@ -84,6 +84,7 @@ async def candidates_for(
         if needs_price and not (is_free or gateway.billing.may_serve(each)):
             if not with_credential and upstreams.are_free(each):
                 raise needs_credential(each)
+            gateway.billing.unpriced.note(each, key.account_id)
             message = f"The model '{each}' does not exist or is not available here."
             raise Refusal("model_not_found", message, param="model")
     if body.extras and not is_free:

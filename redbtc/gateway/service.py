@@ -19,7 +19,9 @@ from redbtc.gateway.models import Models
 from redbtc.gateway.progress import save_progress
 from redbtc.gateway.site_routes import SiteRoutes
 from redbtc.gateway.summary import summary
+from redbtc.gateway.unpriced import write_unpriced_for_ever
 from redbtc.gateway.upstream_metrics import UpstreamMetrics
+from redbtc.gateway.uptime import UptimeWatch
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
 from redbtc.store.clock import watch_clock
@@ -46,7 +48,9 @@ class Service:
         self.api = API(billing, view, settings.dashboard_url, request_log)
         self.models = Models(self.gateway)
         self.admin_routes = AdminRoutes(self.gateway, self.api)
-        self.health_routes = HealthRoutes(self.gateway, self.admin_routes.lazy_dashboard)
+        self.uptime = UptimeWatch(self.gateway)
+        dashboard, meter = self.admin_routes.lazy_dashboard, self.uptime.meter
+        self.health_routes = HealthRoutes(self.gateway, dashboard, meter)
         self.site_routes = SiteRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.vitals = Vitals(billing.store, request_log)
         telemetry.registry.register(self.vitals)
@@ -81,6 +85,8 @@ class Service:
                 "expired bodies": daily_work.erase_bodies_for_ever(),
                 "webhook": post_for_ever(gateway.billing, log),
                 "size": watch_size(store),
+                "unpriced models": write_unpriced_for_ever(gateway),
+                "uptime": self.uptime.check_for_ever(),
                 "model catalog": gateway.catalog.keep_fresh(),
                 "systemd": report_status(partial(summary, gateway)),
             }

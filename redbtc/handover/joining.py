@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from redbtc.errors import StorageUnavailable, UserError
-from redbtc.gateway.gateway import Gateway
-from redbtc.gateway.handover.predecessors import read_again, restore_limits
+from redbtc.gateway.handover.predecessors import read_again, restore_state
 from redbtc.gateway.handover.state import GatewayState
+from redbtc.gateway.service import Service
 from redbtc.handover.channel import Channel, ChannelClosed
 from redbtc.handover.child import VARIABLE
 from redbtc.handover.messages import Moved, NeedsRestart, Offer, Ready, Restart, Serves
@@ -84,13 +84,14 @@ class Joining:
                 if isinstance(message, Moved):
                     self._moved += zip(files, message.received, strict=True)
 
-    async def take_over(self, gateway: Gateway) -> None:
+    async def take_over(self, service: Service) -> None:
         """Say that this process is ready, and take over. Raises UserError."""
+        gateway = service.gateway
         try:
             await self._channel.send(Ready(program_version(), os.getpid()))
             state, files = await self._channel.receive()
             assert isinstance(state, GatewayState)
-            restore_limits(gateway, state)
+            restore_state(service, state)
             await read_again(gateway.billing)
             earlier = earlier_channels(gateway, state.earlier, files)
             last = PredecessorChannel(gateway, self._channel, state.in_flight)

@@ -202,7 +202,7 @@ class Successor:
         await gateway.request_log.share(self._turns)
         left = await parts.predecessors.leave()
         undo.callback(parts.predecessors.take_back, left)
-        self._state = state_to_tell(gateway, background, [each for _, each, _ in left])
+        self._state = state_to_tell(parts.service, background, [each for _, each, _ in left])
         self._state_files = [file for _, _, files in left for file in files]
         self._reporter = Reporter(gateway, background, self._state.in_flight)
         self._left = [channel for channel, _, _ in left]

@@ -98,6 +98,15 @@ ERASURE_STEPS = (
         ),
     ),
     ErasureStep(
+        "models without a price",
+        """SELECT 0 AS at, model AS id, 1 AS is_due FROM unpriced_model_accounts
+            WHERE account_id = :account AND model > :id ORDER BY model LIMIT :rows""",
+        (
+            f"""DELETE FROM unpriced_model_accounts WHERE model IN {JSON_IDS}
+                   AND account_id = (SELECT account_id FROM erasing)""",
+        ),
+    ),
+    ErasureStep(
         "webhook messages",
         """SELECT number AS at, id, 1 AS is_due FROM webhook_messages
             WHERE number > :at AND data ->> 'account' IN (

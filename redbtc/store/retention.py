@@ -30,6 +30,7 @@ from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
 from redbtc.store.json_values import JSON_IDS
 from redbtc.store.request_log import Purged, RequestLog
+from redbtc.store.uptime import forgetting_periods
 from redbtc.store.writer import SQLStatement
 from redbtc.times import DAY
 
@@ -171,9 +172,11 @@ class Retention:
     async def erase_old(
         self, settings: RetentionSettings, erased: Erased, pause_factor: float
     ) -> None:
-        """Erase the rows that are too old, and count them, in steps with pauses as in Pace. Raises
-        StorageUnavailable; the rest is left for the next call."""
+        """Erase the rows that are too old, and count them, in steps with pauses as in Pace. Periods
+        of uptime are not counted: they tell of no account. Raises StorageUnavailable; the rest is
+        left for the next call."""
         pace = Pace(self._store, pause_factor)
+        await self._store.transact_step(forgetting_periods(self._looked_at))
         await self._erase_usage(pace, self._limit(settings.usage_days), erased)
         await self._erase_objects(pace, self._limit(settings.stored_object_days), erased)
         await self._erase_changes(pace, self._limit(settings.change_days), erased)

@@ -41,7 +41,8 @@ THESE = "request_id IN (SELECT value FROM json_each(?))"
 LATEST = """
     SELECT max(ifnull((SELECT max(started_at) FROM requests), 0),
                ifnull((SELECT max(created_at) FROM payments), 0),
-               ifnull((SELECT beat_at FROM heartbeat), 0))"""
+               ifnull((SELECT beat_at FROM heartbeat), 0),
+               ifnull((SELECT max(ended_at) FROM uptime), 0))"""
 
 
 async def latest_time(writer: Writer) -> int:

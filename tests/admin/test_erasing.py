@@ -72,6 +72,7 @@ WHOLE_ROWS = {
     "notices",
     "sessions",
     "stored_objects",
+    "unpriced_model_accounts",
     "unsettled",
     "users",
     "webhook_messages",

@@ -20,6 +20,7 @@ from tests.helpers.gateway import ROOT, Gateway
 from tests.helpers.logins import new_user
 from tests.helpers.tools import needs
 from tests.helpers.upstream import Upstream, json_answer
+from tests.helpers.uptimes import fill_unpriced, fill_uptime
 
 MODELS = (("gpt-5.5", 5_000_000), ("gpt-5.4-mini", 400_000), ("gpt-image-2", 9_000_000))
 OUTCOMES = [  # with the attempts, and the upstream's status and error code
@@ -98,6 +99,8 @@ def fill(gateway: Gateway) -> str:
             )
             database.execute(REQUEST, values)
         fill_upstreams(database)
+    fill_uptime(gateway.database)
+    fill_unpriced(gateway.database, 2)
     return str(ids[0])
 
 
@@ -143,6 +146,7 @@ def pages(account: str, link: str) -> list[tuple[str, str, Callable[[Page], None
         ("link", link, None),
         ("link-used", used, None),
         ("status", "status", None),
+        ("status-day", f"status?day={day_of(now_ms() // DAY - 9)}", None),
         ("not-found", "dashboard/nowhere", None),
         *((name, f"dashboard/{name}", None) for name in (*OPERATORS_PAGES, "you")),
         (

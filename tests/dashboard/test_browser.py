@@ -16,6 +16,7 @@ from tests.helpers.documents import days_ahead, reload, write_document
 from tests.helpers.gateway import PATIENCE_SECONDS, Gateway, MakeGateway
 from tests.helpers.logins import OTHER_PASSWORD, PASSWORD, Login, anonymous, log_in, new_user
 from tests.helpers.tools import NODE_MODULES, needs
+from tests.helpers.uptimes import fill_unpriced, fill_uptime
 
 pytestmark = [pytest.mark.promise_5, pytest.mark.promise_7]
 
@@ -456,6 +457,32 @@ def test_what_users_name_is_text_and_pages_are_accessible(
     # The browser says that a page came with an error status.
     found = [each for each in looker.found if "the server responded with a status of" not in each]
     assert found == []
+
+
+def test_the_uptime_is_accessible_and_its_days_are_reached_by_keyboard(
+    make_gateway: MakeGateway, browser: Browser, closing: Callable[[Login], Login]
+) -> None:
+    gateway = make_gateway('[server]\n[billing]\nunpriced_models = "refuse"')
+    for number in range(7):
+        gateway.cli("account", "add", f"account {number}")
+    day = fill_uptime(gateway.database)
+    fill_unpriced(gateway.database, 22)
+    gateway.start()
+    looker = Looker(browser, gateway, closing(new_user(gateway, "op@example.com")))
+    for path in ("/status", f"/status?day={day}", "/status?day=2020-01-01", "/dashboard/overview"):
+        looker.look(path)
+    looker.close()
+    found = [each for each in looker.found if "the server responded with a status of" not in each]
+    assert found == []
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto(f"{gateway.url}/status")
+    page.get_by_text("Show as table").press("Enter")
+    row = page.get_by_role("row").filter(has=page.get_by_role("link", name=day))
+    expect(row).to_contain_text("99.93 %")
+    row.get_by_role("link").press("Enter")
+    expect(page.get_by_role("table")).to_contain_text("Ledger failed")
+    expect(page.get_by_role("table")).to_contain_text("02:10")
+    page.context.close()
 
 
 DOCUMENT = f"""# Terms

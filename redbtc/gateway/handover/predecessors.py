@@ -16,13 +16,16 @@ from redbtc.gateway.handover.state import (
     InFlightReport,
     InFlightState,
 )
+from redbtc.gateway.service import Service
 from redbtc.limits.buckets import Bucket
 from redbtc.store.requests import costs_of
 
 
-def restore_limits(gateway: Gateway, state: GatewayState) -> None:
-    """Go on with the limits and totals of the process that this one takes over from."""
-    now = time.monotonic()
+def restore_state(service: Service, state: GatewayState) -> None:
+    """Go on with the limits, the totals and the uptime of the process that this one takes over
+    from."""
+    gateway, now = service.gateway, time.monotonic()
+    service.uptime.meter.go_on_from(state.uptime)
     gateway.store.clock.go_on_with(state.clock)
     for name, each in state.counters.items():
         counters = gateway.limiter.counters_named(name)

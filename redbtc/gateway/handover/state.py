@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from redbtc.gateway.uptime import UptimeCheck
+
 Amounts = dict[str, int]
 # An account's id, and a key's budget_id ("": the account itself).
 Payer = tuple[str, str]
@@ -62,6 +64,7 @@ class GatewayState(msgspec.Struct, tag=True):
     `earlier`, each followed by the files that were received over it."""
 
     clock: tuple[int, ...]
+    uptime: UptimeCheck | None  # the last check
     counters: dict[str, CounterState]  # by name, see Limiter.counters
     spendings: dict[Payer, SpendingState]
     in_flight: InFlightState

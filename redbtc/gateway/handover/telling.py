@@ -19,18 +19,21 @@ from redbtc.gateway.handover.state import (
     Payer,
     SpendingState,
 )
+from redbtc.gateway.service import Service
 from redbtc.limits.buckets import Bucket
 
 AmountName = TypeVar("AmountName", bound=Hashable)
 
 
 def state_to_tell(
-    gateway: Gateway, left: LeftResponses, earlier: list[EarlierState]
+    service: Service, left: LeftResponses, earlier: list[EarlierState]
 ) -> GatewayState:
     """Return the state of a gateway that admits no more requests."""
-    now, billing = time.monotonic(), gateway.billing
+    gateway, now = service.gateway, time.monotonic()
+    billing = gateway.billing
     return GatewayState(
         clock=gateway.store.clock.state,
+        uptime=service.uptime.meter.handover,
         counters={
             name: CounterState(
                 bucket_state(each.requests, now),
