@@ -25,7 +25,7 @@ class DocumentCount(DocumentVersionShown):
 
 
 class DocumentList(Struct):
-    """All published versions of all documents."""
+    """The published versions of all documents."""
 
     documents: list[DocumentCount]
 
@@ -37,6 +37,6 @@ class ToAccept(Struct):
 
 
 class AcceptanceList(Struct):
-    """What the owners of an account have accepted, oldest first."""
+    """The acceptances of an account's owners, oldest first."""
 
     acceptances: list[Acceptance]

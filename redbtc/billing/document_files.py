@@ -46,7 +46,7 @@ class Document(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What people call the document."""
+        """The name that people give the document."""
         return DOCUMENT_TITLES[self.name]
 
     @property

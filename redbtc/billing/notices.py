@@ -146,7 +146,7 @@ class Notices:
 
     @property
     def version(self) -> tuple[int, int]:
-        """What is different after a notice was added or withdrawn. Raises StorageUnavailable."""
+        """A value that differs after a notice was added or withdrawn. Raises StorageUnavailable."""
         newest = self._store.look_up(NEWEST_NOTICE, ())
         return self._read, (newest and newest[0]) or 0
 

@@ -83,7 +83,7 @@ class UnpricedModel(Struct):
 
 
 class Asked(NamedTuple):
-    """What an account has asked for since it was written last: times are in milliseconds."""
+    """The requests of an account since it was written last: times are in milliseconds."""
 
     model: str
     account_id: str

@@ -43,7 +43,7 @@ OUTAGES_SENT = """
 
 
 class Webhook(NamedTuple):
-    """Where messages are posted, and the secret that they are signed with."""
+    """The URL to which messages are posted, and the secret that they are signed with."""
 
     url: str
     secret: str

@@ -33,7 +33,7 @@ from redbtc.upstream.upstreams import NO_LIST, Upstream
 
 
 class AskedUpstream(msgspec.Struct):
-    """What a member answered when it was asked for its models. `code` is the upstream's error code,
+    """The answer of a member that was asked for its models. `code` is the upstream's error code,
     or says why there was no answer or no list."""
 
     name: str

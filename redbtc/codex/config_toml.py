@@ -27,7 +27,7 @@ UNUSABLE = (
 
 
 class CodexOffer(NamedTuple):
-    """What a gateway offers to Codex."""
+    """The offer of a gateway to Codex."""
 
     websocket: Callable[[str], bool]  # whether an upstream serves a model over a WebSocket
     catalog: bool

@@ -32,7 +32,7 @@ class VersionLink(NamedTuple):
 
     @property
     def url(self) -> str:
-        """Where it can be read."""
+        """The URL at which it can be read."""
         return f"/{self.name}?version={self.version}"
 
 

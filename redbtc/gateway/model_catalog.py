@@ -65,7 +65,7 @@ class ModelCatalog:
 
     @property
     def models(self) -> tuple[CatalogModel, ...] | None:
-        """All models of the catalogue; None if none is set, or none has been fetched yet."""
+        """The models of the catalogue; None if none is set, or none has been fetched yet."""
         return self._models
 
     def apply(self, settings: CodexSettings, models: tuple[CatalogModel, ...] | None) -> None:

@@ -46,10 +46,9 @@ class UptimeCheck(NamedTuple):
 class UptimeMeter:
     """The minutes that are over, as periods to write, and the state of the running one. No I/O."""
 
-    def __init__(self, last: UptimeCheck | None = None) -> None:
-        """`last` is the last check of the process from which this one takes over without a gap."""
+    def __init__(self) -> None:
         self.unwritten: dict[int, UptimePeriod] = {}  # by their beginning
-        self._last = last
+        self._last: UptimeCheck | None = None
         self._period: UptimePeriod | None = None  # that ends where the running minute begins
 
     @property
@@ -76,7 +75,8 @@ class UptimeMeter:
         self._last = UptimeCheck(at, elapsed, worse(worst, state))
 
     def go_on_from(self, last: UptimeCheck | None) -> None:
-        """Go on from the last check of the process from which this one takes over."""
+        """Go on from the last check of the process from which this one takes over without a
+        gap."""
         self._last = last
 
     def forget(self, written: Mapping[int, UptimePeriod]) -> None:
@@ -124,12 +124,11 @@ def worse(one: UptimeState, other: UptimeState) -> UptimeState:
 class UptimeWatch:
     """Checks the gateway and writes its uptime."""
 
-    def __init__(self, gateway: Gateway, last: UptimeCheck | None = None) -> None:
-        """`last` is as for UptimeMeter."""
+    def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._writing: asyncio.Future[None] | None = None  # done once `_written` are committed
         self._written: dict[int, UptimePeriod] = {}
-        self.meter = UptimeMeter(last)
+        self.meter = UptimeMeter()
 
     async def check_for_ever(self) -> None:
         """Check the gateway every second, and write each minute once it is over."""

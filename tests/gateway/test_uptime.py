@@ -71,7 +71,8 @@ def run(steps: list[Step]) -> tuple[list[Checked], list[UptimePeriod]]:
         if step.change == "killed":
             meter, life = UptimeMeter(), life + 1
         if step.change == "handed over":
-            meter = UptimeMeter(meter.handover)
+            last, meter = meter.handover, UptimeMeter()
+            meter.go_on_from(last)
         meter.check(latest, true, step.state)
         checks.append(Checked(latest, true, life, step.state))
         written.update(meter.unwritten)
