@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 REQUEST_SECONDS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -35,3 +35,14 @@ class Histogram:
         durations of the buckets below it."""
         limits = [*map(str, map(float, self._limits)), "+Inf"]
         return list(zip(limits, itertools.accumulate(self._counts), strict=True))
+
+    @property
+    def numbers(self) -> list[float]:
+        """The total, and the number of durations in each bucket."""
+        return [self.total, *self._counts]
+
+    def add(self, numbers: Sequence[float]) -> None:
+        """Add the `numbers` of another histogram with the same limits."""
+        self.total += numbers[0]
+        for place, number in enumerate(numbers[1:]):
+            self._counts[place] += int(number)

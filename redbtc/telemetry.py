@@ -137,6 +137,8 @@ async def watch_log() -> None:
 
 Counts = Counter[tuple[str, ...]]  # by the values of the metric's labels
 Histograms = Mapping[tuple[str, ...], Histogram]
+# What is counted by a process, by the name of a metric and the values of its labels.
+MetricNumbers = dict[tuple[str, ...], list[float]]
 
 
 def counter_of(name: str, what: str, labels: Sequence[str], counts: Counts) -> Metric:
@@ -171,6 +173,12 @@ class Telemetry:
         self._tokens: Counts = Counter()
         self._first_byte: defaultdict[tuple[str, ...], Histogram] = defaultdict(Histogram)
         self._duration: defaultdict[tuple[str, ...], Histogram] = defaultdict(Histogram)
+        self._counters = {
+            "requests": self._requests,
+            "refusals": self._refusals,
+            "tokens": self._tokens,
+        }
+        self._histograms = {"first byte": self._first_byte, "duration": self._duration}
 
     def show_gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
         """Add a gauge, whose value is read whenever the metrics are."""
@@ -208,6 +216,28 @@ class Telemetry:
             ["route"],
             self._duration,
         )
+
+    @property
+    def numbers(self) -> MetricNumbers:
+        """All that was counted, for another process that goes on with it."""
+        counts = {
+            (name, *labels): [float(count)]
+            for name, counter in self._counters.items()
+            for labels, count in counter.items()
+        }
+        return counts | {
+            (name, *labels): histogram.numbers
+            for name, histograms in self._histograms.items()
+            for labels, histogram in histograms.items()
+        }
+
+    def add(self, numbers: MetricNumbers) -> None:
+        """Add what another process has counted. Metrics of another version are left out."""
+        for (name, *labels), values in numbers.items():
+            if name in self._counters:
+                self._counters[name][tuple(labels)] += int(values[0])
+            elif name in self._histograms:
+                self._histograms[name][tuple(labels)].add(values)
 
     def settled(self, row: RequestRow) -> None:
         """Count and log a request that has a row in the ledger."""

@@ -192,6 +192,8 @@ class Successor:
     async def _share(self, undo: contextlib.AsyncExitStack) -> None:
         """Stop what only one process may do, begin to write in turns, and take the state."""
         parts, gateway = self._parts, self._gateway
+        if not gateway.store.healthy:
+            raise StorageUnavailable(gateway.store.failure)
         undo.callback(parts.service.start_sole_tasks)
         parts.service.stop_sole_tasks()
         background = LeftResponses(gateway.background)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from redbtc.refusals import Refusal
-from redbtc.upstream.absences import ALL_MODELS
+from redbtc.upstream.absences import ALL_MODELS, Absence
 from redbtc.upstream.addresses import HostNames
 from redbtc.upstream.candidates import Candidates, MovedSessions, PlaceQueue, ranked
 from redbtc.upstream.change import UpstreamChange
@@ -112,6 +112,18 @@ class Upstreams:
                 upstream.health.in_flight += by
                 if by < 0:
                     self._queue.let_in(upstream)
+
+    def outages(self) -> dict[str, Absence]:
+        """Return the outages of members, by their names."""
+        healths = ((each.name, each.health.absences.outage) for each in self._upstreams)
+        return {name: outage for name, outage in healths if outage}
+
+    def go_on_with(self, outages: Mapping[str, Absence]) -> None:
+        """Go on with the outages that another process of this machine has found."""
+        for upstream in self._upstreams:
+            if outage := outages.get(upstream.name):
+                upstream.health.go_on_out(outage)
+                upstream.go_on_with(upstream.health)
 
     def take_no_more(self) -> None:
         """Let requests take only the places that are taken already, where their number is limited:

@@ -185,3 +185,67 @@ def test_a_background_response_is_asked_for_by_the_new_process(
     wait_until(lambda: gateway.row()["outcome"] == "completed")
     assert gateway.row()["usage_source"] == "upstream"
     assert len(gateway.rows()) == 1
+
+
+def test_an_upstream_that_is_out_stays_out(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    with Upstream() as broken:
+
+        async def fail(_: Received, reply: Reply) -> None:
+            await reply.head(500, framing="length:0")
+
+        broken.script = fail
+        gateway = make_gateway(
+            {
+                "upstreams": [
+                    {"name": "broken", "base_url": broken.url, "api_key_env": "", "priority": 1},
+                    {"name": "good", "base_url": upstream.url, "api_key_env": "", "priority": 2},
+                ]
+            }
+        ).start()
+        key = gateway.new_key()
+        while states(gateway)["broken"] != "out":
+            assert post(gateway, key).status_code == 200
+        asked = len(broken.requests)
+        reload(gateway)
+        assert states(gateway) == {"broken": "out", "good": "up"}
+        assert post(gateway, key).status_code == 200
+        assert len([each for each in broken.requests if each.method == "POST"]) <= asked
+
+
+def states(gateway: Gateway) -> dict[str, str]:
+    """The state of each upstream."""
+    return {each["name"]: each["state"] for each in gateway.cli("upstream", "list")["upstreams"]}
+
+
+def test_logged_bodies_are_whole(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    """Both processes write the log of bodies while the old one finishes its requests."""
+    gateway = make_gateway().start()
+    key = gateway.new_key()
+    gateway.cli("account", "log", "test", "--days", "1")
+    with HeldStream(gateway, upstream, key) as stream:
+        reload(gateway)
+        other = post(gateway, key).headers["x-redbtc-request-id"]
+        request_id = stream.response.headers["x-redbtc-request-id"]
+        rest = stream.finish()
+        assert "response.completed" in rest
+    wait_until(lambda: "response.completed" in shown(gateway, request_id))
+    wait_until(lambda: '"completed"' in shown(gateway, other))
+
+
+def shown(gateway: Gateway, request_id: str) -> str:
+    """The stored body of an answer."""
+    return gateway.run("usage", "show", request_id, "--response").stdout
+
+
+def test_metrics_go_on_and_count_what_the_old_process_finishes(
+    gateway: Gateway, upstream: Upstream, key: str
+) -> None:
+    name = 'redbtc_requests_total{outcome="completed",route="/v1/responses",status="200"}'
+    with HeldStream(gateway, upstream, key) as stream:
+        assert post(gateway, key).status_code == 200
+        reload(gateway)
+        assert post(gateway, key).status_code == 200
+        assert gateway.metrics()[name] == 2
+        stream.finish()
+    wait_until(lambda: gateway.metrics()[name] == 3)
+    assert gateway.metrics()['redbtc_request_seconds_count{route="/v1/responses"}'] == 3

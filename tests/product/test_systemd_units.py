@@ -126,13 +126,18 @@ def test_it_is_started_again(machine: Machine) -> None:
     assert machine.shown(SERVICE, "Result") == "success"
 
 
+def new_main_process(machine: Machine, before: str) -> str:
+    """Wait until the gateway has another main process; return its id."""
+    wait_until(lambda: machine.shown(SERVICE, "MainPID") not in (before, "0"))
+    return machine.shown(SERVICE, "MainPID")
+
+
 def test_a_reload_changes_the_main_process(machine: Machine, key: str) -> None:
     """Debian 12 has no Type=notify-reload: there the signal is sent by hand."""
     before = started(machine)
     for _ in range(2):
         machine.systemctl("kill", "--kill-whom=main", "--signal=SIGUSR2", SERVICE)
-        wait_until(lambda old=before: machine.shown(SERVICE, "MainPID") not in (old, "0"))
-        before = machine.shown(SERVICE, "MainPID")
+        before = new_main_process(machine, before)
         machine.wait_until_shown(SERVICE, "SubState", "running")
         headers = ["-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json"]
         body = '{"model": "redbtc-demo", "input": "hello"}'

@@ -36,6 +36,8 @@ def restore_state(service: Service, state: GatewayState) -> None:
         known = gateway.billing.totals.begin(payer, spending.month, spending.cost, spending.spent)
         known.paid, known.notified_percent = spending.paid, spending.notified_percent
     gateway.upstreams.moved.add(state.moved_sessions)
+    gateway.upstreams.go_on_with(state.outages)
+    gateway.telemetry.add(state.metrics)
 
 
 def restore_bucket(bucket: Bucket, state: BucketState, now: float) -> None:
@@ -118,6 +120,7 @@ class Predecessor:
         for name, by in bring_up_to_date(self._unfinished, report.unfinished):
             gateway.background.unfinished.change(name, by)
         bring_up_to_date(self.keys, report.keys)
+        gateway.telemetry.add(report.metrics)
         self.rows = (self.rows | report.begun) - report.ended
         self._billed = (self._billed | report.billed) & self.rows
         if report.followed is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from redbtc.gateway.uptime import UptimeCheck
+from redbtc.telemetry import MetricNumbers
+from redbtc.upstream.absences import Absence
 
 Amounts = dict[str, int]
 # An account's id, and a key's budget_id ("": the account itself).
@@ -69,6 +71,8 @@ class GatewayState(msgspec.Struct, tag=True):
     spendings: dict[Payer, SpendingState]
     in_flight: InFlightState
     moved_sessions: dict[bytes, str]
+    outages: dict[str, Absence]  # by member; their times are by the monotonic clock
+    metrics: MetricNumbers
     earlier: list[EarlierState]
 
 
@@ -89,4 +93,5 @@ class InFlightReport(msgspec.Struct, tag=True, omit_defaults=True):
     billed: set[str] = set()  # rows
     followed: set[str] | None = None
     left: list[str] = []  # ids of background responses that the other process is to ask for
+    metrics: MetricNumbers = {}  # to be added
     changed: bool = False  # prices, notices, payments or documents

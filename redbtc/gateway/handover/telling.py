@@ -21,6 +21,7 @@ from redbtc.gateway.handover.state import (
 )
 from redbtc.gateway.service import Service
 from redbtc.limits.buckets import Bucket
+from redbtc.telemetry import MetricNumbers
 
 AmountName = TypeVar("AmountName", bound=Hashable)
 
@@ -50,6 +51,8 @@ def state_to_tell(
         },
         in_flight=in_flight_state(gateway, left),
         moved_sessions=gateway.upstreams.moved.known(),
+        outages=gateway.upstreams.outages(),
+        metrics=gateway.telemetry.numbers,
         earlier=earlier,
     )
 
@@ -88,6 +91,7 @@ class Reporter:
         self._told = told
         self._drawn = self._drawn_now()
         self._cost = self._cost_now()
+        self._metrics = gateway.telemetry.numbers
         self._changes = gateway.store.changes
 
     def report(self) -> InFlightReport | None:
@@ -113,6 +117,7 @@ class Reporter:
             billed=now.billed - before.billed,
             followed=None if now.followed == before.followed else now.followed,
             left=self._left.take_new(),
+            metrics=self._more_metrics(),
             changed=changes != self._changes,
         )
         self._told, self._drawn, self._cost, self._changes = now, drawn, cost, changes
@@ -131,6 +136,17 @@ class Reporter:
             if (requests, tokens) != old:
                 found[name] = requests - old[0], tokens - old[1]
         return found
+
+    def _more_metrics(self) -> MetricNumbers:
+        before, now = self._metrics, self._gateway.telemetry.numbers
+        self._metrics = now
+        return {
+            name: [number - old for number, old in zip(numbers, before[name], strict=True)]
+            if name in before
+            else numbers
+            for name, numbers in now.items()
+            if before.get(name) != numbers
+        }
 
     def _cost_now(self) -> dict[Payer, int]:
         return {payer: each.cost for payer, each in self._gateway.billing.totals.known()}

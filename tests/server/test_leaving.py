@@ -1,0 +1,74 @@
+"""A request that has arrived in part, rebuilt for another process."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from redbtc.server.framing import MAX_CHUNKS_PER_TURN, BadFraming, Chunked, Framing, Length
+
+pytestmark = [pytest.mark.promise_1, pytest.mark.promise_9]
+
+
+def read(framing: Framing, data: bytes) -> tuple[bytes, bytes]:
+    """Feed all data as a connection does; return the body, and what was not parsed."""
+    body, rest = framing.feed(data)
+    while rest and not framing.whole:
+        more, rest = framing.feed(rest)
+        body += more
+    return body, rest
+
+
+@st.composite
+def chunked(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """A body, and its chunked encoding, with extensions and trailers."""
+    parts = draw(st.lists(st.binary(min_size=1, max_size=40), max_size=8))
+    extension = draw(st.sampled_from([b"", b";a=b", b" ; x"]))
+    trailer = draw(st.sampled_from([b"", b"x: 1\r\n", b"x: 1\r\ny: 2\r\n"]))
+    text = b"".join(b"%x%b\r\n%b\r\n" % (len(part), extension, part) for part in parts)
+    return b"".join(parts), text + b"0\r\n" + trailer + b"\r\n"
+
+
+@given(chunked(), st.data(), st.binary(max_size=10))
+def test_a_chunked_body_goes_on_where_it_was(
+    message: tuple[bytes, bytes], data: st.DataObject, following: bytes
+) -> None:
+    """Cut at any byte, moved, and cut again."""
+    body, text = message
+    text += following
+    at = data.draw(st.integers(0, len(text)))
+    framing = Chunked()
+    begun, unparsed = read(framing, text[:at])
+    again = framing.rebuilt(begun) + unparsed + text[at:]
+    later = data.draw(st.integers(0, len(again)))
+    second = Chunked()
+    more, unparsed = read(second, again[:later])
+    third = Chunked()
+    assert read(third, second.rebuilt(more) + unparsed + again[later:]) == (body, following)
+    assert third.whole
+
+
+def test_many_small_chunks_are_moved_in_mid_turn() -> None:
+    """What the turn of the loop has left unparsed is moved as it is."""
+    text = b"1\r\nx\r\n" * (2 * MAX_CHUNKS_PER_TURN) + b"0\r\n\r\n"
+    framing = Chunked()
+    begun, unparsed = framing.feed(text)
+    assert unparsed
+    body, rest = read(Chunked(), framing.rebuilt(begun) + unparsed)
+    assert (len(body), rest) == (2 * MAX_CHUNKS_PER_TURN, b"")
+
+
+@given(st.binary(max_size=30), st.data())
+def test_a_body_of_known_length_is_as_it_was(body: bytes, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(body)))
+    framing = Length(len(body))
+    begun, _ = framing.feed(body[:at])
+    assert framing.rebuilt(begun) == body[:at]
+
+
+def test_what_was_wrong_stays_wrong() -> None:
+    framing = Chunked()
+    begun, _ = framing.feed(b"2\r\nab")
+    with pytest.raises(BadFraming):
+        read(Chunked(), framing.rebuilt(begun) + b"cd\r\n")
