@@ -92,6 +92,8 @@ class Joining:
             state, files = await self._channel.receive()
             assert isinstance(state, GatewayState)
             restore_state(service, state)
+            assert self.turns is not None
+            await gateway.request_log.share(self.turns)
             await read_again(gateway.billing)
             earlier = earlier_channels(gateway, state.earlier, files)
             last = PredecessorChannel(gateway, self._channel, state.in_flight)

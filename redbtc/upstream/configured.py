@@ -119,11 +119,14 @@ class Upstreams:
         return {name: outage for name, outage in healths if outage}
 
     def go_on_with(self, outages: Mapping[str, Absence]) -> None:
-        """Go on with the outages that another process of this machine has found."""
+        """Go on with the outages that another process of this machine has found, except of a member
+        that is the last one now."""
         for upstream in self._upstreams:
-            if outage := outages.get(upstream.name):
-                upstream.health.go_on_out(outage)
-                upstream.go_on_with(upstream.health)
+            outage, health = outages.get(upstream.name), upstream.health
+            if outage and health.usable and not health.is_last(ALL_MODELS):
+                outage.tries = 0
+                health.absences.outage = outage
+                upstream.go_on_with(health)
 
     def take_no_more(self) -> None:
         """Let requests take only the places that are taken already, where their number is limited:

@@ -130,13 +130,6 @@ class MemberHealth:
         elif self.absences.outage:
             self.absences.outage.is_reachable = True
 
-    def go_on_out(self, outage: Absence) -> None:
-        """Go on with an outage that another process of this machine has found, unless this is the
-        last member now."""
-        if self.usable and not self.is_last(ALL_MODELS):
-            outage.tries = 0
-            self.absences.outage, self._out_seconds = outage, outage.seconds
-
     # What happens to requests. `tried` is what `begin` has returned for the request.
 
     def begin(self, model: str) -> Tried:

@@ -229,6 +229,7 @@ def test_logged_bodies_are_whole(make_gateway: MakeGateway, upstream: Upstream) 
         rest = stream.finish()
         assert "response.completed" in rest
     wait_until(lambda: "response.completed" in shown(gateway, request_id))
+    assert "request log unavailable" not in gateway.log()
     wait_until(lambda: '"completed"' in shown(gateway, other))
 
 
