@@ -39,6 +39,7 @@ from redbtc.store.opening import (
 from redbtc.store.readers import Readers
 from redbtc.store.spill import Spill
 from redbtc.store.takeover import interruption, latest_time, write_owed
+from redbtc.store.versions import refuse_newer
 from redbtc.store.wal import WalFile
 from redbtc.store.writer import SQLStatement, Writer
 
@@ -123,6 +124,7 @@ class Store:
         replaced = complete_restore(path)
         spill = Spill(path)
         refuse_incomplete(path, spill)
+        refuse_newer(path)
         file = stack.enter_context(lock_database(path))
         if serving and serving.check_seconds and (spill.exists() or has_wal(path)):
             await check_pages(path, serving)

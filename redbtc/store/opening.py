@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,13 @@ from msgspec import Struct
 from redbtc.errors import UserError
 from redbtc.store.backup import Damaged, back_up_before_migration
 from redbtc.store.checks import PageCheck
-from redbtc.store.failures import LedgerDamaged, LogFunction
+from redbtc.store.failures import (
+    TRANSIENT_SQLITE,
+    LedgerDamaged,
+    LogFunction,
+    is_corrupt,
+    sqlite_code,
+)
 from redbtc.store.files import Identity, identity_of
 from redbtc.store.schema import APPLICATION_ID, migrations, schema
 from redbtc.store.spill import Spill
@@ -129,29 +136,33 @@ async def configure(writer: Writer, database: Path, synchronous: str) -> None:
 
 
 async def migrate(writer: Writer, database: Path, serving: Serving | None) -> Migrated | None:
-    """Bring the tables to the newest schema, after a backup. Return None if nothing was migrated.
-    Raises UserError if a newer version of this program has written the database."""
+    """Bring the tables to the newest schema, after a backup, in one transaction: a killed or failed
+    migration leaves the database as it was, so that the earlier version can use it. Return None if
+    nothing was migrated. Raises UserError, sqlite3.Error."""
     version = await writer.value("PRAGMA user_version")
     sections = migrations(schema())
-    if version > max(sections):
-        raise UserError(
-            f"{database} was written by a newer version of this program (schema {version}; this "
-            f"one knows {max(sections)})"
-        )
-    due = {number: script for number, script in sorted(sections.items()) if number > version}
+    newest = max(sections)
+    due = [script for number, script in sorted(sections.items()) if number > version]
     if not due:
         return None
     started, backup, no_backup = time.monotonic(), "", ""
     if version:
-        backup, no_backup = await back_up_once(database, max(due), serving)
-    for number, script in due.items():
-        await writer.executescript(
-            f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
-        )
+        backup, no_backup = await back_up_once(database, newest, serving)
+    script = f"BEGIN IMMEDIATE; {''.join(due)}\nPRAGMA user_version = {newest}; COMMIT;"
+    try:
+        await writer.executescript(script)
+    except sqlite3.Error as error:
+        if is_corrupt(error) or sqlite_code(error) in TRANSIENT_SQLITE:
+            raise
+        copy = f" A copy is kept, too: {backup}." if backup else ""
+        raise UserError(
+            f"{database} could not be migrated from schema {version} to {newest}: {error}. It was "
+            f"not changed: the version that you used before can use it.{copy} Report this error"
+        ) from None
     if not version:
         return None
     seconds = round(time.monotonic() - started, 3)
-    return Migrated(version, max(due), seconds, backup, no_backup)
+    return Migrated(version, newest, seconds, backup, no_backup)
 
 
 async def back_up_once(database: Path, version: int, serving: Serving | None) -> tuple[str, str]:
