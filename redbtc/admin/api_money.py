@@ -25,9 +25,9 @@ from redbtc.admin.outputs import (
 )
 from redbtc.admin.validation import time_in
 from redbtc.billing.overviews import months
-from redbtc.billing.price_changes import add_prices
+from redbtc.billing.price_changes import add_prices, models_in_use
 from redbtc.billing.prices import MAX_CALL_RATE, MAX_RATE, Price
-from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
+from redbtc.billing.records import Balance, ModelsInUse, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.statements import Statement, statement
 from redbtc.billing.which_price import which_price
 from redbtc.errors import UserError
@@ -56,6 +56,11 @@ class MoneyOperations(Access):
         now = self.billing.store.time()
         at = time_in(query.at, now) or now
         return which_price(self.billing, query.model, at, query.tier, query.input_tokens)
+
+    async def models_in_use(self, actor: Actor) -> ModelsInUse:
+        """List the models that were requested in the last 90 days, whose prices can't rise without
+        notice."""
+        return await models_in_use(self.billing)
 
     async def add_prices(self, actor: Actor, body: NewPrices) -> PricesAdded:
         """Add prices, all or none. The answer says which models they apply to."""
