@@ -184,13 +184,12 @@ class Comparison:
             new = self._listed_price(name, (tier, above), rates, old, own)
             found.append(self._changed(new, old))
         differing = [each for each in found if each.difference.rates]
+        if differing and not is_own:  # only the prices of the new name apply then
+            differing = at_one_time(found)
+        elif differing:
+            add_what_would_change(found, differing, own)
         self.unchanged += len(found) - len(differing)
-        if not differing:
-            return
-        if is_own:
-            self.changed += self._not_announced(differing)
-        else:
-            self.changed += self._not_announced(at_one_time(found))
+        self.changed += self._not_announced(differing)
 
     def _listed_price(
         self,
@@ -283,7 +282,7 @@ def rate_changes(old: Price | None, new: Price) -> Iterator[RateChange]:
             continue
         yield RateChange(name, shown(before), shown(after), change_in_percent(before, after))
     limits = old.max_output_tokens if old else None, new.max_output_tokens
-    if limits[0] != limits[1]:
+    if limits[0] != limits[1] and (new.tier, new.above_input_tokens) == DEFAULT_SLOT:
         now, then = (None if limit is None else str(limit) for limit in limits)
         yield RateChange("max_output_tokens", now, then, change_in_percent(*limits))
 
@@ -299,6 +298,33 @@ def change_in_percent(before: int | None, after: int | None) -> str | None:
         return None
     change = Decimal(after - before) * 100 / Decimal(before)
     return f"{change:+.1f}"
+
+
+def add_what_would_change(
+    found: Iterable[ChangedPrice], differing: list[ChangedPrice], own: Mapping[Slot, Price]
+) -> None:
+    """Add to the differing prices of a name those of other slots that apply now by way of the
+    default tier or of a lower threshold, and would not once the differing ones are in force."""
+    slots = dict(own)
+    while True:
+        slots |= {
+            (each.price.tier, each.price.above_input_tokens): each.price for each in differing
+        }
+        after = ModelPrices(slots.values())
+        missing = [
+            each
+            for each in found
+            if each not in differing and applied_price(after, each.price).rates != each.price.rates
+        ]
+        if not missing:
+            return
+        differing += missing
+
+
+def applied_price(prices: ModelPrices, price: Price) -> Price:
+    """Return the price that applies to the requests that another price is for."""
+    above = price.above_input_tokens
+    return prices.price(price.tier, above + 1 if above else 0)
 
 
 def at_one_time(found: list[ChangedPrice]) -> list[ChangedPrice]:

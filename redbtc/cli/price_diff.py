@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from msgspec import UNSET, convert
 
 from redbtc.admin.api_money import prices_of
 from redbtc.admin.inputs import NewPrices
+from redbtc.admin.validation import invalid
 from redbtc.billing.price_diff import ChangedPrice, Comparison, PriceDiff, ToCompare
 from redbtc.billing.price_lists import (
     LIST_CURRENCY,
@@ -24,7 +26,7 @@ from redbtc.billing.price_lists import (
 from redbtc.billing.price_table import PriceTable
 from redbtc.billing.price_texts import few, json_rates, slot_name
 from redbtc.billing.prices import Price
-from redbtc.billing.records import ModelsInUse, PriceList, PriceSlot
+from redbtc.billing.records import ModelsInUse, PriceList, PriceShown, PriceSlot
 from redbtc.cli.main import CommandContext, json_option, plain, show, table
 from redbtc.cli.money import price, prices_in_toml
 from redbtc.cli.price_sources import LITELLM_URL, read_price_list
@@ -115,20 +117,24 @@ def compare_with(
     rows = convert(context.call("GET", "/admin/v1/prices"), PriceList).prices
     at = parse_time(in_use.at, 0, relative_to_past=True)
     listing = read_listing(text, source, provider, in_use.currency, at)
+    comparison = Comparison(known_prices(rows, in_use), listing, every_model)
+    return ComparedList(comparison, source, in_use.currency, in_use.notice_days, at)
+
+
+def known_prices(rows: Sequence[PriceShown], in_use: ModelsInUse) -> ToCompare:
+    """Return what to compare with a list, from answers of the admin API."""
     current, coming = (
         [price_shown(row) for row in rows if row.status == status]
         for status in ("current", "coming")
     )
-    known = ToCompare(
+    return ToCompare(
         PriceTable(current),
         coming,
         frozenset(in_use.models),
         in_use.unpriced_models == "free",
-        at,
+        parse_time(in_use.at, 0, relative_to_past=True),
         in_use.notice_days,
     )
-    comparison = Comparison(known, listing, every_model)
-    return ComparedList(comparison, source, in_use.currency, in_use.notice_days, at)
 
 
 def read_listing(text: str, source: str, provider: str, currency: str, at: int) -> PriceListing:
@@ -148,7 +154,7 @@ def toml_listing(tables: dict[str, Any], source: str, currency: str, at: int) ->
     try:
         given = convert(tables, NewPrices)
     except msgspec.ValidationError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(f"{source}: {invalid(error)}") from None
     if given.currency not in (None, currency):
         raise UserError(
             f"the list is in {given.currency}, but billing.currency is {currency}, so they can't "
@@ -168,7 +174,7 @@ def toml_listing(tables: dict[str, Any], source: str, currency: str, at: int) ->
     return PriceListing("TOML", models, maxima, {}, is_complete=True)
 
 
-def price_shown(row: Any) -> Price:
+def price_shown(row: PriceShown) -> Price:
     """Return a price of the admin API, in force since the beginning of time."""
     rates: dict[str, Any] = {
         name: parse_amount(found)
@@ -215,7 +221,7 @@ def lines_of(found: PriceDiff, file: Path | None) -> list[str]:
     if found.not_in_list:
         lines.append(f"Not in the list, and left as they are: {plain(few(found.not_in_list))}.")
     lines += [
-        f"Left out {plain(each.model)}: {plain(each.problem)}."
+        f"Left out {shown_name(each.model)}: {plain(each.problem)}."
         for each in found.problems[:MAX_SHOWN_PROBLEMS]
     ]
     if (more := len(found.problems) - MAX_SHOWN_PROBLEMS) > 0:
@@ -225,6 +231,11 @@ def lines_of(found: PriceDiff, file: Path | None) -> list[str]:
     elif found.changes:
         lines.append("Nothing was changed. To get a file for price import, add --to FILE.")
     return lines
+
+
+def shown_name(name: str) -> str:
+    """Return a name of a list for the terminal."""
+    return name if name.isprintable() else repr(name)
 
 
 def toml_of(changed: list[ChangedPrice], compared: ComparedList) -> str:
