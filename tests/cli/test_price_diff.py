@@ -58,15 +58,7 @@ def test_the_example_prices_become_those_of_the_list(run: Run, tmp_path: Path) -
     done = run("price", "diff", LITELLM, "--to", new)
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert lines[0].split() == [
-        "model",
-        "tier",
-        "above_input_tokens",
-        "rate",
-        "now",
-        "then",
-        "change",
-    ]
+    assert lines[0].split() == DIFF_COLUMNS
     row = ["gpt-4.1", "default", "0", "web_search", "0.01", "0.025", "+150.0", "%"]
     assert row in [line.split() for line in lines]
     assert f"Compared with {LITELLM} (LiteLLM)." in lines
