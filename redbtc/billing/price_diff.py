@@ -135,6 +135,8 @@ class Comparison:
                 yield name, listed[name]
             elif is_pattern(name) and owners.get(name):
                 yield from self._of_pattern(name, owners[name])
+            elif is_pattern(name) and any(matches(model, {name}) for model in listed):
+                pass  # each of them has a price of its own
             elif name.endswith(SNAPSHOTS) and name.removesuffix(SNAPSHOTS) in listed:
                 yield name, listed[name.removesuffix(SNAPSHOTS)]
             elif name not in self._listing.problems:
@@ -171,7 +173,7 @@ class Comparison:
     def _compare(self, name: str, listed: ListedModel) -> None:
         """Compare the prices of one name or pattern, slot by slot."""
         applied = self._known.in_force.model_prices(name, self._known.now)
-        own = {price.slot[1:]: price for price in prices_in(applied)}
+        own = {slot_of(price): price for price in prices_in(applied)}
         is_own = any(price.model == name for price in own.values())
         slots = (
             listed
@@ -185,11 +187,42 @@ class Comparison:
             found.append(self._changed(new, old))
         differing = [each for each in found if each.difference.rates]
         if differing and not is_own:  # only the prices of the new name apply then
-            differing = at_one_time(found)
+            differing = found
         elif differing:
             add_what_would_change(found, differing, own)
+        self._set_times(name, differing, own, is_own)
         self.unchanged += len(found) - len(differing)
         self.changed += self._not_announced(differing)
+
+    def _set_times(
+        self, name: str, differing: list[ChangedPrice], own: Mapping[Slot, Price], is_own: bool
+    ) -> None:
+        """Let prices of a name that need a notice take effect when that is over, and the others at
+        once. Let all of them wait if the name has no prices yet, or if something would cost more
+        between the two times: a tier can get its price by way of another."""
+        if not self._in_use(name) or not differing:
+            return
+        at_once = [each for each in differing if not each.difference.rises]
+        between = (dict(own) if is_own else {}) | {
+            slot_of(each.price): each.price for each in at_once
+        }
+        waits = len(at_once) < len(differing) and not is_own
+        if at_once and not waits and DEFAULT_SLOT in between:
+            before = ModelPrices(own.values()) if own else self._free
+            free = self._known.unpriced_are_free
+            waits = bool(risen_rates(before, ModelPrices(between.values()), free))
+        due = json_time(self._known.now + self._known.notice_days * DAY)
+        for each in differing:
+            if waits or each.difference.rises:
+                each.difference.needs_notice, each.difference.in_force_from = True, due
+
+    @property
+    def _free(self) -> ModelPrices | None:
+        """Return the prices of a model in use that has none."""
+        return FREE if self._known.unpriced_are_free else None
+
+    def _in_use(self, name: str) -> bool:
+        return any(matches(model, {name}) for model in self._known.used)
 
     def _listed_price(
         self,
@@ -211,27 +244,19 @@ class Comparison:
         return replace(price, **{**kept, **rates})
 
     def _changed(self, new: Price, old: Price | None) -> ChangedPrice:
-        known = self._known
-        in_use = any(matches(model, {new.model}) for model in known.used)
-        before = old
-        if before is None and in_use and known.unpriced_are_free:
-            before = FREE.tiers[DEFAULT_TIER][0]
-        rises = risen_rates(
-            ModelPrices([of_any_request(before)]) if before else None,
-            ModelPrices([of_any_request(new)]),
-            known.unpriced_are_free,
-        )
-        needs_notice = in_use and bool(rises)
-        due = json_time(known.now + known.notice_days * DAY) if needs_notice else None
+        before = ModelPrices([of_any_request(old)]) if old else None
+        if before is None and self._in_use(new.model):
+            before = self._free
+        after, free = ModelPrices([of_any_request(new)]), self._known.unpriced_are_free
         return ChangedPrice(
             new,
             PriceDifference(
                 *new.slot,
                 is_new=old is None,
                 rates=list(rate_changes(old, new)),
-                rises=rises,
-                needs_notice=needs_notice,
-                in_force_from=due,
+                rises=risen_rates(before, after, free),
+                needs_notice=False,
+                in_force_from=None,
             ),
         )
 
@@ -282,7 +307,7 @@ def rate_changes(old: Price | None, new: Price) -> Iterator[RateChange]:
             continue
         yield RateChange(name, shown(before), shown(after), change_in_percent(before, after))
     limits = old.max_output_tokens if old else None, new.max_output_tokens
-    if limits[0] != limits[1] and (new.tier, new.above_input_tokens) == DEFAULT_SLOT:
+    if limits[0] != limits[1] and slot_of(new) == DEFAULT_SLOT:
         now, then = (None if limit is None else str(limit) for limit in limits)
         yield RateChange("max_output_tokens", now, then, change_in_percent(*limits))
 
@@ -307,9 +332,7 @@ def add_what_would_change(
     default tier or of a lower threshold, and would not once the differing ones are in force."""
     slots = dict(own)
     while True:
-        slots |= {
-            (each.price.tier, each.price.above_input_tokens): each.price for each in differing
-        }
+        slots |= {slot_of(each.price): each.price for each in differing}
         after = ModelPrices(slots.values())
         missing = [
             each
@@ -327,11 +350,6 @@ def applied_price(prices: ModelPrices, price: Price) -> Price:
     return prices.price(price.tier, above + 1 if above else 0)
 
 
-def at_one_time(found: list[ChangedPrice]) -> list[ChangedPrice]:
-    """Return the prices of a name that has had none, which must take effect together: until then,
-    another name's prices apply, and then none of those."""
-    due = max((each.difference.in_force_from or "" for each in found), default="") or None
-    for each in found:
-        each.difference.needs_notice = due is not None
-        each.difference.in_force_from = due
-    return found
+def slot_of(price: Price) -> Slot:
+    """Return the tier and the threshold of a price."""
+    return price.tier, price.above_input_tokens
