@@ -223,6 +223,24 @@ MODELS = st.fixed_dictionaries(
     free=True,
     every_model=False,
 )
+@example(  # each snapshot gets a price of its own; the pattern is not then compared with `a`
+    present={"a-20*": {DEFAULT: {"input": 1}}},
+    listed={
+        "a": {DEFAULT: {"input": 0}},
+        "a-2025-01-01": {DEFAULT: {"input": 2}},
+        "a-2026-01-01": {DEFAULT: {"input": 3}},
+    },
+    used=set(),
+    free=False,
+    every_model=False,
+)
+@example(  # flex becomes cheaper, but no longer has the price of long input
+    present={"b": {DEFAULT: {"web_search": NANOS}, ("default", 9): {"web_search": 0}}},
+    listed={"b": {DEFAULT: {"web_search": NANOS}, ("flex", 0): {"web_search": NANOS // 2}}},
+    used={"b"},
+    free=False,
+    every_model=False,
+)
 def test_what_is_imported_is_what_the_list_says(
     tmp_path_factory: pytest.TempPathFactory,
     clock: Clock,
