@@ -9,6 +9,7 @@ file format, 1.3 and 4).
 from __future__ import annotations
 
 import re
+import shlex
 import struct
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -56,7 +57,7 @@ def way_back(database: Path, known: int) -> str:
         return (
             f"restore the copy from before the upgrade (schema {version}, made "
             f"{at:%Y-%m-%dT%H:%M:%SZ}; what was recorded since then is not in it): "
-            f"redbtc-proxy db restore {path}"
+            f"redbtc-proxy db restore {shlex.quote(str(path))}"
         )
     return (
         f"restore a backup of schema {known} or earlier (redbtc-proxy db restore FILE); there is "
