@@ -87,7 +87,7 @@ from redbtc.admin.outputs_log import BodyContent, RequestDetails, RequestLogShow
 from redbtc.admin.set_time import TimeSet
 from redbtc.admin.users import UserAdded, UserShown
 from redbtc.admin.validation import read_json_body, read_values
-from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
+from redbtc.billing.records import Balance, ModelsInUse, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.statements import Statement
 from redbtc.billing.webhook_messages import WebhookAnswer
 from redbtc.store.accounts import Account, KeyAdded
@@ -266,6 +266,7 @@ OPERATIONS = (
         "GET", "/prices/which", "operator", API.which_price, WhichPrice, query=WhichPriceQuery
     ),
     operation("GET", "/prices/missing", "operator", API.list_missing_prices, UnpricedModelList),
+    operation("GET", "/prices/in-use", "operator", API.models_in_use, ModelsInUse),
     operation(
         "POST", "/prices", "operator", API.add_prices, PricesAdded, body=NewPrices, status=201
     ),

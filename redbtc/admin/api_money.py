@@ -26,9 +26,9 @@ from redbtc.admin.outputs import (
 )
 from redbtc.admin.validation import time_in
 from redbtc.billing.overviews import months
-from redbtc.billing.price_changes import add_prices
+from redbtc.billing.price_changes import add_prices, models_in_use
 from redbtc.billing.prices import MAX_CALL_RATE, MAX_RATE, Price
-from redbtc.billing.records import Balance, Notice, PriceList, PricesAdded, WhichPrice
+from redbtc.billing.records import Balance, ModelsInUse, Notice, PriceList, PricesAdded, WhichPrice
 from redbtc.billing.statements import Statement, statement
 from redbtc.billing.which_price import which_price
 from redbtc.errors import UserError
@@ -61,6 +61,11 @@ class MoneyOperations(Access):
     async def list_missing_prices(self, actor: Actor) -> UnpricedModelList:
         """List the models that were asked for and refused since they have no price."""
         return UnpricedModelList(await self.billing.unpriced.listed())
+
+    async def models_in_use(self, actor: Actor) -> ModelsInUse:
+        """List the models that were requested in the last 90 days, whose prices can't rise without
+        notice."""
+        return await models_in_use(self.billing)
 
     async def add_prices(self, actor: Actor, body: NewPrices) -> PricesAdded:
         """Add prices, all or none. The answer says which models they apply to."""

@@ -29,6 +29,7 @@ from redbtc.billing.price_table import PriceTable
 from redbtc.billing.price_texts import following_price, rates_of_earlier, slot_name
 from redbtc.billing.prices import Price
 from redbtc.billing.records import (
+    ModelsInUse,
     NotApplied,
     PricesAdded,
     PriceSlot,
@@ -224,6 +225,19 @@ async def _reach(
         else:
             others.append(NotApplied(model, str(reasons[0])))
     return applies, others
+
+
+async def models_in_use(billing: Billing) -> ModelsInUse:
+    """Return the models that are in use, and what decides about notices of price increases."""
+    now, settings = billing.store.time(), billing.settings
+    models = sorted(await _models_used(billing.store, now - IN_USE))
+    return ModelsInUse(
+        json_time(now),
+        models,
+        settings.price_notice_days,
+        settings.unpriced_models,
+        billing.currency,
+    )
 
 
 async def _models_used(store: Store, since: int) -> set[str]:

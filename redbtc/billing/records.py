@@ -70,6 +70,17 @@ class PriceList(Struct):
     prices: list[PriceShown]
 
 
+class ModelsInUse(Struct):
+    """The models that were requested in the last 90 days. An increase of their prices needs
+    `notice_days` of notice. Without a price, models are refused or free: `unpriced_models`."""
+
+    at: Moment
+    models: list[str]
+    notice_days: int
+    unpriced_models: Literal["refuse", "free"]
+    currency: str
+
+
 class RatesOfEarlierPrice(PriceSlot):
     """Rates that a price left out but the earlier price `from` has."""
 

@@ -21,10 +21,12 @@ from redbtc.cli.main import CommandContext, commands, json_option, show
 from redbtc.codex.catalog import MAX_BODY, SETTING, CatalogError, parse_catalog, size_of
 from redbtc.codex.model_info import MEASURED_VERSION
 from redbtc.config import LoadedSettings, Settings, SettingsError, is_web_address, missing_keys
+from redbtc.errors import UserError
 from redbtc.gateway.model_catalog import fetch_catalog
 from redbtc.meter.error_codes import error_code_in
 from redbtc.rates import DEFAULT_TIER
 from redbtc.store.consistency import check_file
+from redbtc.store.versions import refuse_newer
 from redbtc.times import now_ms
 from redbtc.upstream.certificates import check_ca_files
 from redbtc.upstream.configured import Upstreams
@@ -207,12 +209,13 @@ def patterns_with_price(path: Path) -> list[str]:
 
 
 def rows_of(path: Path, sql: str, *values: str | int) -> list[Any]:
-    """Return the rows of a query; none if the database can't be read, which `check_file` reports,
-    or is of an earlier version that has no such table."""
+    """Return the rows of a query; none if the database can't be read or is of a newer version,
+    which `check_file` reports, or is of an earlier version that has no such table."""
     try:
+        refuse_newer(path)
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
             return database.execute(sql, values).fetchall()
-    except sqlite3.Error:
+    except (sqlite3.Error, UserError, OSError):
         return []
 
 

@@ -17,8 +17,10 @@ from redbtc.cli.connect import connect
 from redbtc.config import LoadedSettings, load_settings
 from redbtc.errors import UserError
 from redbtc.money import parse_limit
+from redbtc.release import RELEASE
 from redbtc.start import restore_signals
 from redbtc.store.accounts import LIMITS
+from redbtc.store.schema import newest_version
 
 Run = Callable[
     ..., Coroutine[Any, Any, int]
@@ -187,8 +189,23 @@ def details(record: dict[str, Any]) -> str:
     return "\n".join(f"{name.ljust(width)}  {cell(value)}" for name, value in record.items())
 
 
+def show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print the version of the program and of the schema that it writes, and end."""
+    if wanted:
+        click.echo(f"redbtc-proxy {RELEASE} (schema {newest_version()})")
+        context.exit()
+
+
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", metavar="PATH", help="Read settings from PATH instead of config.toml.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Print the version of the program, and of the schema that it writes.",
+)
 @click.pass_context
 def commands(context: click.Context, config: str | None) -> None:
     """RedBTC AI: an OpenAI-compatible API gateway."""

@@ -27,6 +27,8 @@ from redbtc.cli.main import (
 from redbtc.errors import UserError
 from redbtc.rates import RATES
 
+MAX_RATE_DIGITS = 40
+
 
 @commands.group()
 def price() -> None:
@@ -127,22 +129,38 @@ def price_import(
 
 
 def read_prices(file: Path) -> dict[str, Any]:
-    """Return the tables of a price file as the API takes them. Each rate is a decimal string, with
-    exactly the digits in the file. Raises UserError."""
+    """Return the tables of a price file as the API takes them. Raises UserError."""
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"), parse_float=Decimal)
+        return prices_in_toml(file.read_text(encoding="utf-8"), str(file))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{file}: not valid TOML: {error}") from None
+
+
+def prices_in_toml(text: str, name: str) -> dict[str, Any]:
+    """Return the tables of a price file as the API takes them. Each rate is a decimal string, with
+    exactly the digits in the file. `name` is the file's in messages. Raises UserError."""
+    try:
+        tables = tomllib.loads(text, parse_float=Decimal)
+    except RecursionError:
+        raise UserError(f"{name}: nested too deeply") from None
+    except (ValueError, ArithmeticError) as error:
+        raise UserError(f"{name}: not valid TOML: {error}") from None
     prices = tables.get("prices")
     if not isinstance(prices, list) or not all(isinstance(price, dict) for price in prices):
-        raise UserError(f"{file}: no prices found; write each one as a [[prices]] table")
+        raise UserError(f"{name}: no prices found; write each one as a [[prices]] table")
     for price in prices:
-        for name, value in price.items():
-            if type(value) in (int, Decimal) and not name.endswith("_tokens"):
-                price[name] = format(Decimal(value), "f")
+        for rate, value in price.items():
+            if type(value) in (int, Decimal) and not rate.endswith("_tokens"):
+                price[rate] = plain_decimal(Decimal(value))
     return tables
+
+
+def plain_decimal(value: Decimal) -> str:
+    """Return all digits of a number. One that has too many to be a rate is written with an
+    exponent, which is refused later."""
+    return format(value, "f") if abs(value.adjusted()) < MAX_RATE_DIGITS else str(value)
 
 
 SLOT_COLUMNS = ["model", "tier", "above_input_tokens", "status", "effective_at"]

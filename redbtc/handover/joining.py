@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import sqlite3
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from redbtc.errors import StorageUnavailable, UserError
@@ -17,6 +16,7 @@ from redbtc.handover.channel import Channel, ChannelClosed
 from redbtc.handover.child import VARIABLE
 from redbtc.handover.messages import Moved, NeedsRestart, Offer, Ready, Restart, Serves
 from redbtc.handover.predecessors import Adopt, PredecessorChannel, earlier_channels
+from redbtc.release import RELEASE
 from redbtc.store.opening import JoinedFiles, SchemaChanges
 from redbtc.store.trial import try_migration
 
@@ -88,7 +88,7 @@ class Joining:
         """Say that this process is ready, and take over. Raises UserError."""
         gateway = service.gateway
         try:
-            await self._channel.send(Ready(program_version(), os.getpid()))
+            await self._channel.send(Ready(RELEASE, os.getpid()))
             state, files = await self._channel.receive()
             assert isinstance(state, GatewayState)
             restore_state(service, state)
@@ -127,10 +127,3 @@ class Joining:
 def gone() -> UserError:
     """Return the error of a process whose predecessor has ended, or has given it up."""
     return UserError("the process that has started this one does not hand over")
-
-
-def program_version() -> str:
-    """Return the version of this program."""
-    with contextlib.suppress(PackageNotFoundError):
-        return version("redbtc-proxy")
-    return ""

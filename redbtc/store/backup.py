@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 from redbtc.errors import UserError
 from redbtc.store.schema import APPLICATION_ID, REQUEST_LOG, REQUEST_LOG_ID, newest_version
+from redbtc.store.versions import refuse_newer
 
 PAGES_A_STEP = 1024  # 4 MiB, written to the disk before the next step begins
 SPACE_FACTOR = 1.1  # free space that a copy needs, as a multiple of its source
@@ -466,6 +467,7 @@ def _check_source(database: Path) -> os.stat_result:
             f"A restore of {database} was interrupted. Run db check to finish it, then run the"
             " backup again"
         )
+    refuse_newer(database)
     return database.stat()
 
 
@@ -493,12 +495,21 @@ def has_mark(path: Path, mark: int) -> bool:
     return not header or (header.startswith(SQLITE_MAGIC) and int.from_bytes(found, "big") == mark)
 
 
+def _remove_killed(database: Path) -> None:
+    """Remove unfinished copies of killed migrations, which take the room of the next one. The
+    caller holds the database's lock, so no process is writing them."""
+    for file in database.parent.iterdir():
+        if file.name.startswith(f"{database.name}.before-schema-") and ".partial" in file.name:
+            file.unlink()
+
+
 def back_up_before_migration(database: Path, version: int) -> tuple[str, str]:
     """Copy the database before it is migrated to a version. Return the path of the copy; if it
     could not be made, an empty path and the reason. Raises Damaged: such a database is not
     migrated."""
     try:
         with plain_errors(f"No backup of {database} was made"):
+            _remove_killed(database)
             check_space(database, database.parent, migrating=True)
         made = back_up(database, f"{database}.before-schema-{version}", keep=2)
     except Damaged:

@@ -11,8 +11,9 @@ from redbtc.errors import StorageUnavailable, UserError
 from redbtc.store.backup import FILE_CHECKS, suffixed
 from redbtc.store.database import Store
 from redbtc.store.opening import refuse_incomplete
-from redbtc.store.schema import APPLICATION_ID, newest_version
+from redbtc.store.schema import APPLICATION_ID
 from redbtc.store.spill import Spill, left_spills
+from redbtc.store.versions import refuse_newer
 
 CHECKS = FILE_CHECKS | {
     "usage does not equal the sum of its requests": """
@@ -87,6 +88,7 @@ def check_file(path: Path, currency: str) -> list[str]:
     try:
         if not suffixed(path, ".restored").exists():  # else a start finishes that restore first
             refuse_incomplete(path, [Spill(path), *left_spills(path)])
+            refuse_newer(path)
         path.stat()
     except UserError as error:
         return [str(error)]
@@ -108,8 +110,6 @@ def check_file(path: Path, currency: str) -> list[str]:
     wrong = [f"{path}: {line}" for (line,) in rows if line != "ok"]
     if marked != APPLICATION_ID:
         wrong.append(f"{path}: this is the database of another program")
-    elif version > newest_version():
-        wrong.append(f"{path}: written by a newer version of this program (schema {version})")
     if any(other != currency for (other,) in others):
         wrong.append(
             f"billing.currency is {currency}, but the ledger is in {others[0][0]}; change it back"

@@ -116,7 +116,7 @@ class Store:
         serving: Serving | None,
     ) -> Store:
         joined = serving.joined if serving else None
-        claimed = claim_joined(stack, joined) if joined else await claim(stack, path, serving)
+        claimed = claim_joined(stack, path, joined) if joined else await claim(stack, path, serving)
         spill, file = Spill(path), claimed.database
         writer = Writer(path, synchronous)
         await stack.enter_async_context(writer)

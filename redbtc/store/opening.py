@@ -7,8 +7,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,17 @@ from msgspec import Struct
 from redbtc.errors import UserError
 from redbtc.store.backup import Damaged, back_up_before_migration, complete_restore
 from redbtc.store.checks import PageCheck
-from redbtc.store.failures import LedgerDamaged, LogFunction
+from redbtc.store.failures import (
+    TRANSIENT_SQLITE,
+    LedgerDamaged,
+    LogFunction,
+    is_corrupt,
+    sqlite_code,
+)
 from redbtc.store.files import Identity, identity_of, lock_database, take_lock_file
 from redbtc.store.schema import APPLICATION_ID, migrations, schema
 from redbtc.store.spill import Spill, left_spills
+from redbtc.store.versions import refuse_newer
 from redbtc.store.wal import KEPT_WAL_BYTES, file_size, wal_of
 from redbtc.store.writer import Writer
 
@@ -86,6 +94,7 @@ async def claim(stack: contextlib.AsyncExitStack, path: Path, serving: Serving |
     replaced = complete_restore(path)
     spill, left = Spill(path), left_spills(path)
     refuse_incomplete(path, [spill, *left])
+    refuse_newer(path)
     file = stack.enter_context(lock_database(path))
     is_unclean = spill.exists() or left or has_wal(path)
     if serving and serving.check_seconds and is_unclean:
@@ -93,8 +102,10 @@ async def claim(stack: contextlib.AsyncExitStack, path: Path, serving: Serving |
     return Claimed(lock_file, file, left, replaced)
 
 
-def claim_joined(stack: contextlib.AsyncExitStack, joined: JoinedFiles) -> Claimed:
-    """Use the locks of another process until the end of `stack`."""
+def claim_joined(stack: contextlib.AsyncExitStack, path: Path, joined: JoinedFiles) -> Claimed:
+    """Use the locks of another process until the end of `stack`. Raises UserError for a database of
+    a newer version."""
+    refuse_newer(path)
     stack.callback(os.close, joined.lock_file)
     stack.callback(os.close, joined.database)
     return Claimed(joined.lock_file, joined.database, [], None)
@@ -181,37 +192,42 @@ async def configure(writer: Writer, database: Path, synchronous: str) -> None:
 
 
 async def migrate(writer: Writer, database: Path, serving: Serving | None) -> Migrated | None:
-    """Bring the tables to the newest schema, after a backup. Return None if nothing was migrated.
-    Raises UserError if a newer version of this program has written the database."""
+    """Bring the tables to the newest schema, after a backup, in one transaction: a killed or failed
+    migration leaves the database as it was, so that the earlier version can use it. Return None if
+    nothing was migrated. Raises UserError, sqlite3.Error."""
     version = await writer.value("PRAGMA user_version")
     sections = migrations(schema())
-    if version > max(sections):
-        raise UserError(
-            f"{database} was written by a newer version of this program (schema {version}; this "
-            f"one knows {max(sections)})"
-        )
-    due = {number: script for number, script in sorted(sections.items()) if number > version}
+    newest = max(sections)
+    due = [script for number, script in sorted(sections.items()) if number > version]
     if not due:
         return None
     if serving and serving.joined:
-        raise SchemaChanges(version, max(due))
+        raise SchemaChanges(version, newest)
     started, backup, no_backup = time.monotonic(), "", ""
     if version:
-        backup, no_backup = await back_up_once(database, max(due), serving)
-    await run_migrations(writer, due)
+        backup, no_backup = await back_up_once(database, newest, serving)
+    try:
+        await run_migrations(writer, due, newest)
+    except sqlite3.Error as error:
+        if is_corrupt(error) or sqlite_code(error) in TRANSIENT_SQLITE:
+            raise
+        copy = f" A copy is kept, too: {backup}." if backup else ""
+        raise UserError(
+            f"{database} could not be migrated from schema {version} to {newest}: {error}. It was "
+            f"not changed: the version that you used before can use it.{copy} Report this error"
+        ) from None
     if not version:
         return None
     seconds = round(time.monotonic() - started, 3)
-    return Migrated(version, max(due), seconds, backup, no_backup)
+    return Migrated(version, newest, seconds, backup, no_backup)
 
 
-async def run_migrations(writer: Writer, due: Mapping[int, str]) -> None:
-    """Execute the scripts that bring the tables to each version, in their order. Raises
+async def run_migrations(writer: Writer, due: Sequence[str], newest: int) -> None:
+    """Execute the scripts that bring the tables to the newest schema, in one transaction. Raises
     sqlite3.Error."""
-    for number, script in sorted(due.items()):
-        await writer.executescript(
-            f"BEGIN IMMEDIATE; {script}\nPRAGMA user_version = {number}; COMMIT;"
-        )
+    await writer.executescript(
+        f"BEGIN IMMEDIATE; {''.join(due)}\nPRAGMA user_version = {newest}; COMMIT;"
+    )
 
 
 async def back_up_once(database: Path, version: int, serving: Serving | None) -> tuple[str, str]:

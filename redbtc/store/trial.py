@@ -26,7 +26,8 @@ async def try_migration(database: Path, version: int) -> None:
         async with writer:
             await writer.create_function("joined", 2, joined_models)
             sections = migrations(schema())
-            await run_migrations(writer, {n: sections[n] for n in sections if n > version})
+            due = [script for number, script in sorted(sections.items()) if number > version]
+            await run_migrations(writer, due, max(sections))
     except (sqlite3.Error, OSError) as error:
         raise UserError(f"a copy of {database} could not be migrated: {error}") from None
     finally:

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
-from tests.helpers.reloading import copied_program, reload
+from tests.helpers.programs import copy_of_program
+from tests.helpers.reloading import reload
 from tests.helpers.steady_load import CountingUpstream, SteadyLoad
 from tests.helpers.upstream import (
     Received,
@@ -204,7 +205,7 @@ SPOILT = {  # what is replaced by what in a file, and what the reason says
 def test_a_new_process_that_cannot_serve_changes_nothing(
     tmp_path: Path, upstream: Upstream, fork_server: None, spoilt: str
 ) -> None:
-    root = copied_program(tmp_path / "program")
+    root = copy_of_program(tmp_path / "program")
     settings = {"limits": {"queue_seconds": 120}}
     gateway = Gateway(tmp_path / "gateway", upstream.url, settings, root=root).start()
     key, release = gateway.new_key(concurrency=1), threading.Event()
@@ -264,7 +265,7 @@ SLEEP = "import time; open('asleep', 'w').close(); time.sleep(300)\n"
 def test_one_reload_at_a_time_and_sigterm_ends_it(
     tmp_path: Path, upstream: Upstream, fork_server: None
 ) -> None:
-    root = copied_program(tmp_path / "program")
+    root = copy_of_program(tmp_path / "program")
     gateway = Gateway(tmp_path / "gateway", upstream.url, root=root).start()
     key = gateway.new_key()
     (root / JOINING).write_text(SLEEP)

@@ -14,10 +14,12 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from redbtc.store.schema import newest_version
 from tests.handover.test_reload import RESPONSE
 from tests.handover.test_takeover import HeldStream, post
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
-from tests.helpers.reloading import Adopted, copied_program
+from tests.helpers.programs import add_section, copy_of_program
+from tests.helpers.reloading import Adopted
 from tests.helpers.upstream import Upstream
 
 pytestmark = pytest.mark.promise_9
@@ -28,7 +30,7 @@ WRONG = "CREATE TABLE later (id INTEGER PRIMARY KEY); INSERT INTO nowhere VALUES
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    return copied_program(tmp_path / "program")
+    return copy_of_program(tmp_path / "program")
 
 
 @pytest.fixture
@@ -38,13 +40,6 @@ def gateway(
     gateway = Gateway(tmp_path / "gateway", upstream.url, root=program)
     yield gateway.start()
     gateway.close()
-
-
-def add_section(program: Path, sql: str) -> None:
-    """Add a version to the schema of the program on the disk."""
-    file = program / "schema.sql"
-    text, triggers, rest = file.read_text().partition("\n-- triggers\n")
-    file.write_text(f"{text}\n-- version 99\n{sql}\n{triggers}{rest}")
 
 
 def version(gateway: Gateway) -> int:
@@ -66,7 +61,7 @@ def test_a_migration_is_a_short_restart_in_which_nobody_is_refused(
         time.sleep(0.5)  # they wait meanwhile, and are not refused
         assert before.poll() is None
         assert not any(each.done() for each in waiting)
-        assert version(gateway) < 99
+        assert version(gateway) == newest_version()
         assert "response.completed" in stream.finish()
         assert before.wait() == 0
         done = reloading.result()
@@ -75,10 +70,10 @@ def test_a_migration_is_a_short_restart_in_which_nobody_is_refused(
         assert '"restarts": true' in done.stdout
         assert [each.result().status_code for each in waiting] == [200, 200]
     gateway.process = Adopted(int(done.stdout.partition('"pid": ')[2].partition(",")[0]))
-    assert version(gateway) == 99
+    assert version(gateway) == newest_version() + 1
     assert {row["outcome"] for row in gateway.rows()} == {"completed"}
     assert (
-        len(list(gateway.folder.glob("redbtc.db.before-schema-99"))) == 1
+        len(list(gateway.folder.glob(f"redbtc.db.before-schema-{newest_version() + 1}"))) == 1
     )  # the copy of the old ledger
 
 

@@ -6,12 +6,10 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 import signal
 import time
-from pathlib import Path
 
-from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, Gateway, Process
+from tests.helpers.gateway import PATIENCE_SECONDS, Gateway, Process
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -54,16 +52,6 @@ class Adopted:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
-
-
-def copied_program(folder: Path) -> Path:
-    """Copy the program, so that a test can change it."""
-    folder.mkdir()
-    for name in ("redbtc_proxy.py", "schema.sql", "config.toml", "prices.toml"):
-        shutil.copy(ROOT / name, folder / name)
-    for name in ("redbtc", "deploy"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
 
 
 def reload(gateway: Gateway) -> Process:

@@ -153,7 +153,16 @@ def commands_of(page: Path) -> list[list[str]]:
 
 
 # Those that are executed by other tests, and would change this process, or need another program.
-ELSEWHERE = ("db backup", "db restore", "db set-time", "codex catalog", "init", "serve")
+ELSEWHERE = (
+    "db backup",
+    "db restore",
+    "db set-time",
+    "codex catalog",
+    "init",
+    "price diff",
+    "reload",
+    "serve",
+)
 
 
 @pytest.mark.parametrize("name", ["README.md", "operating.md", "billing.md", "dashboard.md"])

@@ -24,6 +24,7 @@ BASE = frozenset(
         "steps",
         "slices",
         "histogram",
+        "release",
     )
 )
 # Each room, a folder or a file of redbtc/, with the rooms that it may import.
@@ -33,6 +34,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "steps": frozenset(),
     "slices": frozenset(("steps",)),
     "histogram": frozenset(),
+    "release": frozenset(),
     "start": frozenset(),
     "waiting_process": frozenset(),
     "systemd": frozenset(("errors",)),

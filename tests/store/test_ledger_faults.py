@@ -9,11 +9,9 @@ import re
 import shutil
 import signal
 import sqlite3
-import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,8 @@ import pytest
 
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, Gateway, MakeGateway, wait_until
 from tests.helpers.response_store import ResponseStore
-from tests.helpers.tools import needs
 from tests.helpers.upstream import Received, Reply, Upstream, openai_like
-from tests.store.faults import RESPONSE, fill, post
+from tests.store.faults import RESPONSE, build_shim, fill, on_disk, post
 
 pytestmark = [pytest.mark.promise_3, pytest.mark.promise_9]
 
@@ -518,14 +515,6 @@ int fdatasync(int fd) {
 """
 
 
-def build_shim(folder: Path, code: str) -> Path:
-    """Return a library for LD_PRELOAD, compiled from C."""
-    source, shim = folder / "hang.c", folder / "hang.so"
-    source.write_text(code)
-    subprocess.run([needs("cc"), "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
-    return shim
-
-
 IMPATIENT = """
 from redbtc.store import database
 from redbtc.store import commits
@@ -578,26 +567,6 @@ def test_a_disk_that_never_answers_does_not_keep_the_process(
     mend(hanging)
     hanging.start()
     assert outcomes(hanging) == ["completed"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    if os.getuid():
-        pytest.skip("mounting a small tmpfs takes root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = [needs("mount"), "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=False)
-
-
-def on_disk(make_gateway: MakeGateway, disk: Path) -> Gateway:
-    gateway = make_gateway(f'[database]\npath = "{disk}/redbtc.db"')
-    gateway.database = disk / "redbtc.db"
-    return gateway
 
 
 def test_what_is_owed_outlives_a_stop_on_a_full_disk(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from redbtc.errors import UserError
+from redbtc.release import RELEASE
 from redbtc.store.backup import suffixed
 from redbtc.store.files import FileChanged, OpenFiles, identity_of, take_lock_file
 from redbtc.store.request_log.frames import PAGE_BYTES
@@ -22,6 +23,7 @@ from redbtc.store.request_log.replacing import (
 )
 from redbtc.store.request_log.results import Purged
 from redbtc.store.schema import REQUEST_LOG_ID
+from redbtc.store.versions import newer_version
 from redbtc.store.wal import file_size
 
 LOG_VERSION = 1
@@ -97,6 +99,7 @@ class LogFile:
         with contextlib.ExitStack() as stack:
             stack.enter_context(take_lock_file(path))
             complete_replacement(path)
+            self._refuse_newer()
             if not path.exists():
                 make_empty(path)
             self.database = self._connected()
@@ -119,7 +122,8 @@ class LogFile:
     def _prepare(self) -> None:
         self.database.execute(f"PRAGMA busy_timeout = {LOCK_WAIT_MS}")
         if self._value("SELECT count(*) FROM sqlite_schema"):
-            self._refuse_foreign()
+            if self._value("PRAGMA application_id") != REQUEST_LOG_ID:
+                raise UserError(f"{self.path} is the database of another program")
             self._configure()
         else:
             self.database.execute(f"PRAGMA page_size = {PAGE_BYTES}")
@@ -130,14 +134,14 @@ class LogFile:
             self.database.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
         self._files, self._identity = OpenFiles(self.path), identity_of(self.path)
 
-    def _refuse_foreign(self) -> None:
-        if self._value("PRAGMA application_id") != REQUEST_LOG_ID:
-            raise UserError(f"{self.path} is the database of another program")
-        version = self._value("PRAGMA user_version")
-        if version != LOG_VERSION:
+    def _refuse_newer(self) -> None:
+        version = newer_version(self.path, REQUEST_LOG_ID, LOG_VERSION)
+        if version is not None:
             raise UserError(
-                f"{self.path} was written by a newer version of this program (version {version}; "
-                f"this one knows {LOG_VERSION})"
+                f"{self.path} has version {version}, written by a newer version of this program; "
+                f"this is version {RELEASE}, which knows version {LOG_VERSION}. Nothing was "
+                "changed. Use the newer version again, or stop the gateway and move the file and "
+                "its -wal away to begin an empty request log"
             )
 
     def _configure(self) -> None:
