@@ -32,6 +32,7 @@ from redbtc.config import (
 from redbtc.errors import StorageUnavailable, UserError
 from redbtc.gateway.reloading import publish_documents
 from redbtc.gateway.service import Service
+from redbtc.gateway.unopened_ledger import UnopenedLedger
 from redbtc.money import NANOS
 from redbtc.server.listening import address_of, listen, raise_descriptor_limit, server_for
 from redbtc.store.database import Store
@@ -159,7 +160,8 @@ async def open_ledger(
     trying again can't help."""
     database, path = options.settings.database, options.loaded.database_path
     serving = Serving(database.check_seconds, options.accept_clock, log, process.closing)
-    said = ""
+    said, unopened = "", UnopenedLedger(options.settings.billing, log)
+    stack.push_async_callback(unopened.end, None)
     while True:
         tried = state_of(path)
         try:
@@ -167,9 +169,11 @@ async def open_ledger(
             async with contextlib.AsyncExitStack() as opened:
                 store = await opened.enter_async_context(opening)
                 billing = await open_billing(store, options)
+                await unopened.end(billing.messages)
                 stack.push_async_exit(opened.pop_all())
                 return billing
         except LedgerDamaged as error:
+            unopened.note(str(error))
             if str(error) != said:
                 said = str(error)
                 log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED_AT_START)
@@ -182,6 +186,7 @@ async def open_ledger(
             if str(error) != said:
                 said = str(error)
                 log(logging.ERROR, "ledger unavailable", reason=said)
+            unopened.note(said)
             await asyncio.sleep(RETRY_SECONDS)
 
 

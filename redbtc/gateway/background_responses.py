@@ -73,6 +73,10 @@ class UnfinishedCount:
         """Return the number of the account's unfinished background responses."""
         return self._counts[account_id]
 
+    def total(self) -> int:
+        """Return the number of all accounts' unfinished background responses."""
+        return self._counts.total()
+
     def resume(self, account_id: str) -> None:
         """Count a response that an earlier process has left, whatever the maximum is."""
         self._counts[account_id] += 1

@@ -16,11 +16,13 @@ from redbtc.gateway.daily_work import DailyWork
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
+from redbtc.gateway.operator_metrics import OperatorMetrics
 from redbtc.gateway.progress import save_progress
 from redbtc.gateway.site_routes import SiteRoutes
 from redbtc.gateway.upstream_metrics import UpstreamMetrics
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
+from redbtc.gateway.watching import Watch
 from redbtc.store.clock import watch_clock
 from redbtc.store.erasure import erase_due
 from redbtc.store.request_log import RequestLog
@@ -47,7 +49,9 @@ class Service:
         self.health_routes = HealthRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.site_routes = SiteRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.vitals = Vitals(billing.store, request_log)
+        self.watch = Watch(billing.store, billing.messages)
         telemetry.registry.register(self.vitals)
+        telemetry.registry.register(OperatorMetrics(self.gateway, self.watch))
         telemetry.registry.register(UpstreamMetrics(self.gateway.upstreams))
 
     def start_tasks(self) -> list[asyncio.Task[None]]:
@@ -67,6 +71,7 @@ class Service:
                 "progress": save_progress(store, gateway.in_flight.with_row, gateway.background),
                 "clock": watch_clock(store.clock, log),
                 "size": watch_size(store),
+                "watch": self.watch.watch_for_ever(),
                 "model catalog": gateway.catalog.keep_fresh(),
                 "loop lag": self.vitals.watch_loop(),
                 "log": watch_log(),

@@ -1,0 +1,99 @@
+"""The record of backups: a file beside the database, redbtc.db.backups.
+
+`db backup` asks the gateway for nothing, and may fail because the ledger is damaged. So what became
+of it is not in the ledger, but in a file, which the command replaces as a whole. A gateway reads it
+to show the age of the last good backup, and to tell the webhook when one has failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from redbtc.store.backup import Backup, own_like, suffixed, temporary
+from redbtc.times import now_ms
+
+RECORD_SUFFIX = ".backups"
+MAX_RECORD_BYTES = 65536
+MAX_FAILURE = 500  # characters
+
+
+class BackupRecord(Struct, frozen=True):
+    """What became of the last backups. Times are in milliseconds of the system's clock, None if
+    there was none. `path` and `bytes` are of the last good one, `reason` is of the last failure."""
+
+    succeeded_at: int | None = None
+    path: str = ""
+    bytes: int = 0
+    failed_at: int | None = None
+    reason: str = ""
+
+    @property
+    def has_failed(self) -> bool:
+        """Return whether the last backup failed."""
+        return self.failed_at is not None and self.failed_at > (self.succeeded_at or 0)
+
+
+NO_BACKUPS = BackupRecord()
+
+
+def record_file(database: Path) -> Path:
+    """Return the path of the record of a database's backups."""
+    return suffixed(database, RECORD_SUFFIX)
+
+
+def read_backup_record(database: Path) -> BackupRecord:
+    """Return the record of a database's backups; an empty one if there is none that can be read."""
+    try:
+        with record_file(database).open("rb") as file:
+            return msgspec.json.decode(file.read(MAX_RECORD_BYTES), type=BackupRecord)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return NO_BACKUPS
+
+
+def note_backup(database: Path, made: Backup) -> None:
+    """Record a good backup. Raises OSError, UserError."""
+    before = read_backup_record(database)
+    record = replace(before, succeeded_at=now_ms(), path=made.path, bytes=made.bytes)
+    _write_record(database, record)
+
+
+def note_failed_backup(database: Path, reason: str) -> None:
+    """Record a backup that failed, if there is a database. Raises OSError, UserError."""
+    if database.exists():
+        before = read_backup_record(database)
+        _write_record(database, replace(before, failed_at=now_ms(), reason=reason[:MAX_FAILURE]))
+
+
+def _write_record(database: Path, record: BackupRecord) -> None:
+    path = record_file(database)
+    new = suffixed(path, ".new")
+    with temporary(new) as file:
+        os.write(file, msgspec.json.encode(record) + b"\n")
+        own_like(file, database)
+        os.fsync(file)
+        os.replace(new, path)
+
+
+class WatchedBackups:
+    """The record of a database's backups, which is read again when the file has changed."""
+
+    def __init__(self, database: Path) -> None:
+        self.record = NO_BACKUPS
+        self._database = database
+        self._seen: tuple[int, int] | None = None
+
+    def look(self) -> BackupRecord:
+        """Return the record as it is now."""
+        state = None
+        with contextlib.suppress(OSError):
+            found = os.stat(record_file(self._database))
+            state = found.st_ino, found.st_mtime_ns
+        if state != self._seen:
+            self._seen, self.record = state, read_backup_record(self._database)
+        return self.record
