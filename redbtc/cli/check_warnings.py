@@ -17,7 +17,12 @@ from urllib.parse import urlsplit
 
 from redbtc.config import LoadedSettings
 from redbtc.store.backup import FILE_SUFFIXES, suffixed
-from redbtc.store.backup_record import read_backup_record, record_file
+from redbtc.store.backup_record import (
+    FIRST_START,
+    MAX_BACKUP_DAYS,
+    read_backup_record,
+    record_file,
+)
 from redbtc.store.consistency import rows_of
 from redbtc.store.disk import disk_room
 from redbtc.store.expiring_keys import EXPIRING_KEYS, EXPIRING_SOON_DAYS
@@ -28,12 +33,10 @@ from redbtc.upstream.certificates import context_trusting, read_certificates
 from redbtc.upstream_settings import FROM_ENVIRONMENT, UpstreamSettings
 
 MAX_BEHIND_MS = 60_000  # that the clock may be behind the ledger
-MAX_BACKUP_DAYS = 7
 CERTIFICATE_DAYS = 30  # before a certificate of a ca_file expires
 MIN_DESCRIPTORS = 4096
 MAX_KEYS_NAMED = 10
 TIME_ERROR = 5  # of adjtimex(2): the clock is not synchronised
-FIRST_RUN = "SELECT min(started_at) FROM runs"
 OTHERS_CAN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 OTHERS_CAN_READ = stat.S_IRGRP | stat.S_IROTH
 
@@ -144,7 +147,7 @@ def warnings_of_backups(loaded: LoadedSettings) -> Iterator[str]:
     """Warn of a backup that failed, and of none in the last days."""
     path = loaded.database_path
     record = read_backup_record(path)
-    first = next((started for (started,) in rows_of(path, FIRST_RUN) if started), None)
+    first = next((started for (started,) in rows_of(path, FIRST_START) if started), None)
     last = record.succeeded_at or first
     if last and now_ms() - last > MAX_BACKUP_DAYS * DAY:
         when = iso_time(record.succeeded_at) or "never"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from redbtc.billing.webhook_messages import Told, WebhookMessages
-from redbtc.store.backup_record import BackupRecord
+from redbtc.store.backup_record import MAX_BACKUP_DAYS, BackupRecord
 from redbtc.store.database import Store
 from redbtc.store.disk import DiskRoom
 from redbtc.times import DAY, iso_time, now_ms
@@ -22,7 +22,6 @@ from redbtc.times import DAY, iso_time, now_ms
 LASTS_SECONDS = 5.0
 OVER_SECONDS = 60.0
 PAIR_SECONDS_OF_FAULTS = 600.0
-MAX_BACKUP_AGE = 7 * DAY  # milliseconds; after that, a backup is overdue
 ENDS = {"ledger": "ledger.back", "disk": "disk.room", "backup": "backup.made"}
 
 
@@ -125,8 +124,8 @@ def backup_finding(record: BackupRecord, first_start: int) -> Finding:
     last = (
         f"the last good one is from {iso_time(succeeded_at)}" if succeeded_at else "there is none"
     )
-    if now_ms() - max(succeeded_at or 0, first_start) > MAX_BACKUP_AGE:
-        days = MAX_BACKUP_AGE // DAY
+    if now_ms() - max(succeeded_at or 0, first_start) > MAX_BACKUP_DAYS * DAY:
+        days = MAX_BACKUP_DAYS
         kind, text = "backup.overdue", f"No backup was made for {days} days: {last}. Run db backup."
     elif record.has_failed:
         kind, text = "backup.failed", f"A backup failed: {record.reason}."

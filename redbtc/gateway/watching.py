@@ -18,7 +18,7 @@ from redbtc.gateway.operator_messages import (
     ledger_finding,
 )
 from redbtc.gateway.vitals import Condition
-from redbtc.store.backup_record import WatchedBackups
+from redbtc.store.backup_record import FIRST_START, WatchedBackups
 from redbtc.store.database import Store
 from redbtc.store.disk import disk_room
 from redbtc.store.expiring_keys import (
@@ -33,7 +33,6 @@ from redbtc.times import DAY, iso_time, now_ms
 WATCH_LOOK_SECONDS = 1.0  # between two looks at the ledger, the disk and the record of backups
 COUNT_SECONDS = 60.0  # between two looks at the keys and the messages
 MAX_KEYS_TOLD = 100  # of each look
-FIRST_START = "SELECT min(started_at) AS at FROM runs"
 
 
 class Watch:

@@ -19,6 +19,8 @@ from redbtc.store.backup import Backup, own_like, suffixed, temporary
 from redbtc.times import now_ms
 
 RECORD_SUFFIX = ".backups"
+MAX_BACKUP_DAYS = 7  # after which a backup is overdue
+FIRST_START = "SELECT min(started_at) AS at FROM runs"  # of a gateway with the database
 MAX_RECORD_BYTES = 65536
 MAX_FAILURE = 500  # characters
 

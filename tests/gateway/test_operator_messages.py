@@ -28,7 +28,7 @@ SECONDS = {"LASTS_SECONDS": 0.2, "OVER_SECONDS": 0.4, "PAIR_SECONDS_OF_FAULTS": 
 PRELUDE = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import pathlib, sqlite3
-from redbtc.gateway import operator_messages, unopened_ledger, watching
+from redbtc.gateway import operator_messages, unopened_ledger, vitals, watching
 from redbtc.store import disk, writer
 watching.WATCH_LOOK_SECONDS = 0.02
 watching.COUNT_SECONDS = 0.1
@@ -46,7 +46,7 @@ def room(path):
         return disk.DiskRoom(*map(int, pathlib.Path("disk").read_text().split()))
     except OSError:
         return disk_room(path)
-watching.disk_room = room
+watching.disk_room = vitals.disk_room = room
 """
 
 

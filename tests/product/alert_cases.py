@@ -27,7 +27,7 @@ WELL = {
     'redbtc_upstream_state{upstream="a",state="out"}': constant(0),
     'redbtc_upstream_state{upstream="a",state="unusable"}': constant(0),
     'redbtc_upstream_attempts_total{upstream="a"}': growing(60),
-    'redbtc_upstream_failures_total{upstream="a",reason="credentials"}': constant(3),
+    'redbtc_upstream_key_rejected{upstream="a"}': constant(0),
     'redbtc_upstream_failures_total{upstream="a",reason="insufficient_quota"}': constant(3),
     'redbtc_upstream_failures_total{upstream="a",reason="server_error"}': growing(1),
     'redbtc_requests_total{route="/v1/responses",status="200",outcome="completed"}': growing(60),
@@ -72,7 +72,7 @@ CASES: dict[str, dict[str, str]] = {
         'redbtc_upstream_state{upstream="a",state="resting"}': constant(1),
     },
     "RedBTCUpstreamOut": {'redbtc_upstream_state{upstream="a",state="out"}': constant(1)},
-    "RedBTCUpstreamKeyRejected": {FAILURES + '"credentials"}': growing(0.2)},
+    "RedBTCUpstreamKeyRejected": {'redbtc_upstream_key_rejected{upstream="a"}': constant(1)},
     "RedBTCUpstreamQuota": {FAILURES + '"insufficient_quota"}': growing(0.2)},
     "RedBTCUpstreamFailures": {FAILURES + '"server_error"}': growing(9)},
     "RedBTCInternalErrors": {
