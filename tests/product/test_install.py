@@ -22,6 +22,7 @@ api_key_env = "TEST_UPSTREAM_KEY"
 """
 SOURCES = ["redbtc_proxy.py", "pyproject.toml", "README.md"]
 SHIPPED = ["schema.sql", "config.toml", "prices.toml", "deploy/terms.md", "deploy/privacy.md"]
+SHIPPED += ["deploy/alerts.yml", "deploy/grafana.json"]
 
 
 def pip(*arguments: str | Path) -> None:
