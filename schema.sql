@@ -1405,17 +1405,28 @@ CREATE TABLE told (
 ) STRICT, WITHOUT ROWID;
 
 ALTER TABLE keys ADD COLUMN
-    expiry_told         INTEGER;                -- the expires_at of which the webhook was told; NULL: none
+    expiry_told         INTEGER;                -- the expires_at that its account was told; NULL: none
 CREATE INDEX keys_by_expiry ON keys (expires_at) WHERE expires_at IS NOT NULL AND revoked_at IS NULL;
 
--- Types of messages that are new; see version 14.
+-- Types of messages and a kind of notices that are new; see version 14.
 PRAGMA writable_schema = ON;
 UPDATE sqlite_schema
    SET sql = replace(sql, '''upstream.back'',',
                      '''upstream.back'', ''ledger.unhealthy'', ''ledger.back'', ''disk.low'', ''disk.room'',
                       ''backup.failed'', ''backup.overdue'', ''backup.made'', ''key.expiring'',')
  WHERE type = 'table' AND name = 'webhook_messages';
+UPDATE sqlite_schema
+   SET sql = replace(sql, '''incident'', ''budget'')', '''incident'', ''budget'', ''key'')')
+ WHERE type = 'table' AND name = 'notices';
 PRAGMA writable_schema = RESET;
+
+DROP TRIGGER a_notice_is_added;
+CREATE TRIGGER a_notice_is_added AFTER INSERT ON notices WHEN NEW.kind NOT IN ('budget', 'key') BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'notice',
+        NEW.id, NEW.account_id, NULL, json_object('kind', NEW.kind, 'text', NEW.text,
+            'effective_at', NEW.effective_at, 'until', NEW.until,
+            'refuses_requests', NEW.refuses_requests));
+END;
 
 CREATE TRIGGER the_operator_is_told AFTER INSERT ON webhook_messages
 WHEN NEW.type IN ('ledger.unhealthy', 'ledger.back', 'disk.low', 'disk.room', 'backup.failed',

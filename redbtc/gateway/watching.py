@@ -9,6 +9,7 @@ import contextlib
 import sqlite3
 import time
 
+from redbtc.billing.key_notices import tell_of_expiring_keys
 from redbtc.billing.webhook_messages import WebhookMessages
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.operator_messages import (
@@ -21,18 +22,11 @@ from redbtc.gateway.vitals import Condition
 from redbtc.store.backup_record import FIRST_START, WatchedBackups
 from redbtc.store.database import Store
 from redbtc.store.disk import disk_room
-from redbtc.store.expiring_keys import (
-    COUNT_EXPIRING,
-    EXPIRING_SOON_DAYS,
-    EXPIRING_UNTOLD,
-    EXPIRY_TOLD_DAYS,
-    NOTE_EXPIRY_TOLD,
-)
-from redbtc.times import DAY, iso_time, now_ms
+from redbtc.store.expiring_keys import COUNT_EXPIRING, EXPIRING_SOON_DAYS
+from redbtc.times import DAY, now_ms
 
 WATCH_LOOK_SECONDS = 1.0  # between two looks at the ledger, the disk and the record of backups
 COUNT_SECONDS = 60.0  # between two looks at the keys and the messages
-MAX_KEYS_TOLD = 100  # of each look
 
 
 class Watch:
@@ -87,26 +81,5 @@ class Watch:
         row = await store.one(COUNT_EXPIRING, (now, now + EXPIRING_SOON_DAYS * DAY, 0))
         self.keys_expiring = row["count"] if row else 0
         self.messages_waiting = len(await self._messages.waiting())
-        if store.healthy and self._messages.webhook:
-            await self._tell_of_keys(now)
-
-    async def _tell_of_keys(self, now: int) -> None:
-        """Tell the webhook of each key that expires soon, once."""
-        told_before = EXPIRY_TOLD_DAYS * DAY
-        values = (now, now + told_before, told_before, MAX_KEYS_TOLD)
-        for key in [each async for each in self._store.rows(EXPIRING_UNTOLD, values)]:
-            expires_at = iso_time(key["expires_at"])
-            text = (
-                f"Key {key['id']} of {key['account']} expires at {expires_at}. "
-                "Create another one for its user."
-            )
-            data = {
-                "account": key["account"],
-                "key_id": key["id"],
-                "label": key["label"],
-                "expires_at": expires_at,
-                "text": text,
-            }
-            told = NOTE_EXPIRY_TOLD, (key["expires_at"], key["id"])
-            await self._store.transact(self._messages.statement("key.expiring", data), told)
-            self._messages.wakeup.set()
+        if store.healthy:
+            await tell_of_expiring_keys(store, self._messages)

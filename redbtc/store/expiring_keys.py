@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-EXPIRY_TOLD_DAYS = 7  # before a key expires, the webhook is told of it
+EXPIRY_TOLD_DAYS = 7  # before a key expires, its account and the webhook are told
 EXPIRING_SOON_DAYS = 14  # before a key expires, it is counted in the metrics, and `check` warns
 
 # Keys in force that expire between ?1 and ?2, in milliseconds. A key that was rotated is left out:
@@ -19,7 +19,7 @@ EXPIRING_KEYS = f"""
      ORDER BY keys.expires_at, keys.rowid"""
 COUNT_EXPIRING = f"SELECT count(*) AS count {EXPIRING}"
 EXPIRING_UNTOLD = f"""
-    SELECT keys.id, keys.label, keys.expires_at, accounts.name AS account {EXPIRING}
+    SELECT keys.id, keys.label, keys.expires_at, accounts.name AS account, account_id {EXPIRING}
        AND keys.expiry_told IS NOT keys.expires_at
      ORDER BY keys.expires_at, keys.rowid LIMIT ?4"""
 NOTE_EXPIRY_TOLD = "UPDATE keys SET expiry_told = ? WHERE id = ?"

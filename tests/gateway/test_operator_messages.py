@@ -383,6 +383,12 @@ def expires_in(gateway: Gateway, key_id: str, days: float, created_before: float
         database.commit()
 
 
+def key_notices(gateway: Gateway) -> list[tuple[str, str]]:
+    """The key and its expiry of each notice that the account is shown."""
+    notices = gateway.api("GET", "/accounts/ada/notices")["notices"]
+    return [(each["key_id"], each["until"]) for each in notices if each["kind"] == "key"]
+
+
 def test_each_key_that_expires_soon_is_told_once(make_gateway: MakeGateway, hook: Hook) -> None:
     """Not one that was rotated or revoked, was made for less than a week, or lasts longer."""
     gateway = watched(make_gateway, hook).start()
@@ -408,6 +414,7 @@ def test_each_key_that_expires_soon_is_told_once(make_gateway: MakeGateway, hook
         "text": f"Key {ids['soon']} of ada expires at {data['expires_at']}. "
         "Create another one for its user.",
     }
+    assert key_notices(gateway) == [(ids["soon"], data["expires_at"])]
     settled(gateway)
     assert gateway.metrics()["redbtc_keys_expiring"] == 3, "soon, later and short"
     gateway.restart()
@@ -418,6 +425,31 @@ def test_each_key_that_expires_soon_is_told_once(make_gateway: MakeGateway, hook
     gateway.start()
     data = wait_for(hook, "key.expiring", "key.expiring").content["data"]
     assert data["label"] == "soon", "it has another expiry"
+    assert key_notices(gateway) == [(ids["soon"], data["expires_at"])], "not the earlier expiry"
+    gateway.api("POST", f"/keys/{ids['soon']}/revoke", {})
+    assert key_notices(gateway) == []
+
+
+def test_an_account_is_told_of_its_keys_without_a_webhook(make_gateway: MakeGateway) -> None:
+    gateway = watched(make_gateway, None).start()
+    gateway.api("POST", "/accounts", {"name": "ada"})
+    gateway.api("POST", "/accounts", {"name": "bob"})
+    key = gateway.api("POST", "/accounts/ada/keys", {"label": "laptop"})["id"]
+    gateway.terminate()
+    expires_in(gateway, key, 3)
+    gateway.start()
+    wait_until(lambda: key_notices(gateway))
+    (notice,) = gateway.api("GET", "/accounts/ada/notices")["notices"]
+    assert (
+        notice["text"] == f"{key} (laptop) expires at {notice['until']}. Create another one before."
+    )
+    assert gateway.api("GET", "/accounts/bob/notices")["notices"] == []
+    assert gateway.get("/status").json()["notices"] == []
+    changes = gateway.api("GET", "/changes")["changes"]
+    assert "notice" not in [each["kind"] for each in changes]
+    gateway.restart()
+    settled(gateway)
+    assert len(gateway.api("GET", "/accounts/ada/notices")["notices"]) == 1
 
 
 # ── The documentation ────────────────────────────────────────────────────────────────────────────
