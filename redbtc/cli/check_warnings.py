@@ -146,7 +146,7 @@ def settings_with_secrets(loaded: LoadedSettings) -> Iterator[str]:
 def warnings_of_backups(loaded: LoadedSettings) -> Iterator[str]:
     """Warn of a backup that failed, and of none in the last days."""
     path = loaded.database_path
-    record = read_backup_record(path)
+    record = read_backup_record(path).as_found()
     first = next((started for (started,) in rows_of(path, FIRST_START) if started), None)
     last = record.succeeded_at or first
     if last and now_ms() - last > MAX_BACKUP_DAYS * DAY:

@@ -14,7 +14,12 @@ import click
 from redbtc.cli.main import CommandContext, commands, given, json_option, show
 from redbtc.errors import UserError
 from redbtc.store.backup import back_up, plain_errors, restore
-from redbtc.store.backup_record import note_backup, note_failed_backup, record_file
+from redbtc.store.backup_record import (
+    note_backup,
+    note_begun_backup,
+    note_failed_backup,
+    record_file,
+)
 from redbtc.store.consistency import CHECKS
 from redbtc.store.files import lock_database, take_lock_file
 from redbtc.times import iso_time
@@ -65,6 +70,7 @@ def db_backup(
     os.nice(MAX_NICENESS)  # the gateway comes first
     database = context.loaded.database_path
     try:
+        note_begun_backup(database, path)
         made = back_up(database, path, keep, with_request_log=with_request_log)
     except UserError as error:
         with recording(database):

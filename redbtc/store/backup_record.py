@@ -8,6 +8,7 @@ to show the age of the last good backup, and to tell the webhook when one has fa
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from redbtc.store.backup import Backup, own_like, suffixed, temporary
+from redbtc.store.backup import Backup, BackupFile, own_like, suffixed, temporary
 from redbtc.times import now_ms
 
 RECORD_SUFFIX = ".backups"
@@ -23,22 +24,33 @@ MAX_BACKUP_DAYS = 7  # after which a backup is overdue
 FIRST_START = "SELECT min(started_at) AS at FROM runs"  # of a gateway with the database
 MAX_RECORD_BYTES = 65536
 MAX_FAILURE = 500  # characters
+BROKEN_OFF = "the command ended before the backup was complete, such as by a signal"
 
 
 class BackupRecord(Struct, frozen=True):
     """What became of the last backups. Times are in milliseconds of the system's clock, None if
-    there was none. `path` and `bytes` are of the last good one, `reason` is of the last failure."""
+    there was none. `path` and `bytes` are of the last good one, `reason` is of the last failure.
+    `begun_at` is of one that has not ended, which writes to `partial` and holds a lock on it."""
 
     succeeded_at: int | None = None
     path: str = ""
     bytes: int = 0
     failed_at: int | None = None
     reason: str = ""
+    begun_at: int | None = None
+    partial: str = ""
 
     @property
     def has_failed(self) -> bool:
         """Return whether the last backup failed."""
         return self.failed_at is not None and self.failed_at > (self.succeeded_at or 0)
+
+    def as_found(self) -> BackupRecord:
+        """Return the record with the last backup as a failure if its process has ended without a
+        result, such as by a signal."""
+        if self.begun_at is None or is_locked(Path(self.partial)):
+            return self
+        return replace(self, failed_at=self.begun_at, reason=BROKEN_OFF)
 
 
 NO_BACKUPS = BackupRecord()
@@ -58,18 +70,40 @@ def read_backup_record(database: Path) -> BackupRecord:
         return NO_BACKUPS
 
 
+def is_locked(file: Path) -> bool:
+    """Return whether a process holds a lock on a file, or that can't be found out."""
+    try:
+        with file.open("rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def note_begun_backup(database: Path, given: str) -> None:
+    """Record that a backup to `given` begins. Raises UserError if its folder does not exist."""
+    partial = str(BackupFile.of(database, given).partial)
+    with contextlib.suppress(OSError):  # it is said once the backup has ended
+        before = read_backup_record(database)
+        if database.exists() and not is_locked(Path(partial)):
+            _write_record(database, replace(before, begun_at=now_ms(), partial=partial))
+
+
 def note_backup(database: Path, made: Backup) -> None:
     """Record a good backup. Raises OSError, UserError."""
     before = read_backup_record(database)
-    record = replace(before, succeeded_at=now_ms(), path=made.path, bytes=made.bytes)
-    _write_record(database, record)
+    ended = replace(before, begun_at=None, succeeded_at=now_ms(), path=made.path, bytes=made.bytes)
+    _write_record(database, ended)
 
 
 def note_failed_backup(database: Path, reason: str) -> None:
     """Record a backup that failed, if there is a database. Raises OSError, UserError."""
     if database.exists():
         before = read_backup_record(database)
-        _write_record(database, replace(before, failed_at=now_ms(), reason=reason[:MAX_FAILURE]))
+        ended = replace(before, begun_at=None, failed_at=now_ms(), reason=reason[:MAX_FAILURE])
+        _write_record(database, ended)
 
 
 def _write_record(database: Path, record: BackupRecord) -> None:
@@ -86,16 +120,17 @@ class WatchedBackups:
     """The record of a database's backups, which is read again when the file has changed."""
 
     def __init__(self, database: Path) -> None:
-        self.record = NO_BACKUPS
+        self.record = self._read = NO_BACKUPS
         self._database = database
         self._seen: tuple[int, int] | None = None
 
     def look(self) -> BackupRecord:
-        """Return the record as it is now."""
+        """Return the record as it is now, and whether the backup that it names still runs."""
         state = None
         with contextlib.suppress(OSError):
             found = os.stat(record_file(self._database))
             state = found.st_ino, found.st_mtime_ns
         if state != self._seen:
-            self._seen, self.record = state, read_backup_record(self._database)
+            self._seen, self._read = state, read_backup_record(self._database)
+        self.record = self._read.as_found()
         return self.record

@@ -7,6 +7,8 @@ import contextlib
 import json
 import re
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -314,6 +316,39 @@ def test_a_backup_that_fails_and_one_that_succeeds(make_gateway: MakeGateway, ho
     assert 0 <= shown["redbtc_backup_age_seconds"] < 60
     assert gateway.run("db", "backup", str(backups)).returncode == 0
     settled(gateway)
+    wait_for(hook, "backup.failed", "backup.made")
+
+
+# The command `db backup`, which stays where it copies the database.
+STUCK = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+from redbtc.store import backup
+backup.copy = lambda *_, **__: time.sleep(100)
+import redbtc_proxy
+redbtc_proxy.main()
+"""
+
+
+def test_a_backup_that_is_killed_has_failed(make_gateway: MakeGateway, hook: Hook) -> None:
+    """But not while it runs."""
+    gateway = watched(make_gateway, hook).start()
+    gateway.new_key()
+    target = f"{gateway.folder}/b.db"
+    arguments = ["--config", str(gateway.config), "db", "backup", target]
+    command = [sys.executable, "-c", STUCK, str(ROOT), *arguments]
+    with subprocess.Popen(command, cwd=gateway.folder) as backup:
+        wait_until(lambda: Path(f"{target}.partial").exists())
+        settled(gateway)
+        assert not hook.posts, "it runs"
+        assert "warning: the last backup" not in gateway.run("check").stdout
+        backup.kill()
+    assert (
+        "before the backup was complete" in wait_for(hook, "backup.failed").content["data"]["text"]
+    )
+    assert "warning: the last backup failed" in gateway.run("check").stdout
+    gateway.restart()
+    assert gateway.run("db", "backup", target).returncode == 0
     wait_for(hook, "backup.failed", "backup.made")
 
 
