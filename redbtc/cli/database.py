@@ -73,7 +73,7 @@ def db_backup(
         note_begun_backup(database, path)
         made = back_up(database, path, keep, with_request_log=with_request_log)
     except UserError as error:
-        with recording(database):
+        with contextlib.suppress(OSError, UserError):  # one line says what is wrong
             note_failed_backup(database, str(error))
         raise
     with recording(database):
