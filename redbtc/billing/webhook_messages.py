@@ -36,7 +36,7 @@ TRIED = """
            delivered_at = iif(?4, ?1, NULL)
      WHERE id = ?5"""
 NOTICE_DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
-TOLD = "SELECT subject, type, told_at FROM told"
+LAST_TOLD = "SELECT subject, type, told_at FROM told"
 OUTAGES_SENT = """
     SELECT data ->> 'upstream' AS upstream, created_at FROM webhook_messages
      WHERE type = 'upstream.out' AND number IN (
@@ -197,7 +197,7 @@ class WebhookMessages:
 
     async def told(self) -> dict[str, Told]:
         """Return the last messages about the ledger, the disk and the backups, by subject."""
-        rows = self._store.rows(TOLD)
+        rows = self._store.rows(LAST_TOLD)
         return {row["subject"]: Told(row["type"], row["told_at"]) async for row in rows}
 
     async def outages_sent(self) -> dict[str, int]:

@@ -106,7 +106,7 @@ def check_documents(loaded: LoadedSettings) -> list[str]:
 
 
 class Found(NamedTuple):
-    """What was found: problems, notes about the model catalogue, and warnings, a line each."""
+    """The findings: problems, notes about the model catalogue, and warnings, a line each."""
 
     problems: Sequence[str]
     notes: Sequence[str] = ()

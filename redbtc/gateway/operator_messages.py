@@ -26,14 +26,14 @@ ENDS = {"ledger": "ledger.back", "disk": "disk.room", "backup": "backup.made"}
 
 
 class Finding(NamedTuple):
-    """What is the case now: the type of the message that says so, and its data."""
+    """The present state of a subject: the type of the message that says so, and its data."""
 
     kind: str
     data: Mapping[str, Any]
 
 
 class SubjectMessages:
-    """What the webhook was told of one subject."""
+    """The messages about one subject."""
 
     def __init__(self, end: str, messages: WebhookMessages) -> None:
         """`end` is the type of the message that all is well again."""

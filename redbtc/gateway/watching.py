@@ -30,7 +30,7 @@ COUNT_SECONDS = 60.0  # between two looks at the keys and the messages
 
 
 class Watch:
-    """What was seen at the last look."""
+    """The watch, and what it has seen at its last look."""
 
     def __init__(self, store: Store, messages: WebhookMessages) -> None:
         self.keys_expiring = 0  # within EXPIRING_SOON_DAYS

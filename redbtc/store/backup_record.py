@@ -28,7 +28,7 @@ BROKEN_OFF = "the command ended before the backup was complete, such as by a sig
 
 
 class BackupRecord(Struct, frozen=True):
-    """What became of the last backups. Times are in milliseconds of the system's clock, None if
+    """The results of the last backups. Times are in milliseconds of the system's clock, None if
     there was none. `path` and `bytes` are of the last good one, `reason` is of the last failure.
     `begun_at` is of one that has not ended, which writes to `partial` and holds a lock on it."""
 
