@@ -30,6 +30,8 @@ MESSAGE = """
     SELECT id, type, data, created_at, tries, tried_at, status, error, delivered_at
       FROM webhook_messages"""
 WAITING = MESSAGE + " WHERE delivered_at IS NULL AND created_at > ? ORDER BY number"
+COUNT_WAITING = """
+    SELECT count(*) AS count FROM webhook_messages WHERE delivered_at IS NULL AND created_at > ?"""
 NEWEST_MESSAGES = MESSAGE + " ORDER BY number DESC LIMIT ?"
 TRIED = """
     UPDATE webhook_messages SET tries = tries + 1, tried_at = ?1, status = ?2, error = ?3,
@@ -153,6 +155,11 @@ class WebhookMessages:
         that the webhook has not accepted."""
         since = self._store.time() - WEBHOOK_FOR
         return [WebhookMessage.of(row, since) async for row in self._store.rows(WAITING, (since,))]
+
+    async def count_waiting(self) -> int:
+        """Return how many messages are to be sent."""
+        row = await self._store.one(COUNT_WAITING, (self._store.time() - WEBHOOK_FOR,))
+        return row["count"] if row else 0
 
     async def newest(self, limit: int) -> list[WebhookMessage]:
         """Return the newest `limit` messages, newest first."""

@@ -80,6 +80,6 @@ class Watch:
         now = store.time()
         row = await store.one(COUNT_EXPIRING, (now, now + EXPIRING_SOON_DAYS * DAY, 0))
         self.keys_expiring = row["count"] if row else 0
-        self.messages_waiting = len(await self._messages.waiting())
+        self.messages_waiting = await self._messages.count_waiting()
         if store.healthy:
             await tell_of_expiring_keys(store, self._messages)

@@ -11,13 +11,14 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from redbtc.store.backup import Backup, BackupFile, own_like, suffixed, temporary
-from redbtc.times import now_ms
+from redbtc.times import END_OF_TIME, now_ms
 
 RECORD_SUFFIX = ".backups"
 MAX_BACKUP_DAYS = 7  # after which a backup is overdue
@@ -27,17 +28,20 @@ MAX_FAILURE = 500  # characters
 BROKEN_OFF = "the command ended before the backup was complete, such as by a signal"
 
 
+RecordedTime = Annotated[int, Meta(ge=0, lt=END_OF_TIME)]  # milliseconds
+
+
 class BackupRecord(Struct, frozen=True):
     """The results of the last backups. Times are in milliseconds of the system's clock, None if
     there was none. `path` and `bytes` are of the last good one, `reason` is of the last failure.
     `begun_at` is of one that has not ended, which writes to `partial` and holds a lock on it."""
 
-    succeeded_at: int | None = None
+    succeeded_at: RecordedTime | None = None
     path: str = ""
     bytes: int = 0
-    failed_at: int | None = None
+    failed_at: RecordedTime | None = None
     reason: str = ""
-    begun_at: int | None = None
+    begun_at: RecordedTime | None = None
     partial: str = ""
 
     @property
@@ -77,7 +81,7 @@ def is_locked(file: Path) -> bool:
             fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:
+    except (OSError, ValueError):
         return True
     return False
 

@@ -395,8 +395,20 @@ def test_a_record_that_can_not_be_written_fails_no_backup(gateway: Gateway) -> N
     assert (gateway.folder / "b.db").exists()
 
 
-def test_a_record_that_is_broken_is_none(gateway: Gateway) -> None:
-    Path(f"{gateway.database}.backups").write_text('{"succeeded_at": "yes"')
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"succeeded_at": "yes"',
+        '{"failed_at": 1e300}',
+        '{"failed_at": 99999999999999999}',
+        "\\xff",
+        "[]",
+    ]
+    + ['{"begun_at": 1, "partial": "a\\u0000b"}'],
+)
+def test_a_record_that_is_broken_is_none(gateway: Gateway, text: str) -> None:
+    Path(f"{gateway.database}.backups").write_text(text)
+    settled(gateway)
     assert gateway.metrics()["redbtc_backup_failed"] == 0
     assert gateway.run("db", "backup", f"{gateway.folder}/b.db").returncode == 0
     assert record(gateway)["path"] == f"{gateway.folder}/b.db"
