@@ -403,8 +403,8 @@ def test_a_record_that_can_not_be_written_fails_no_backup(gateway: Gateway) -> N
         '{"failed_at": 99999999999999999}',
         "\\xff",
         "[]",
-    ]
-    + ['{"begun_at": 1, "partial": "a\\u0000b"}'],
+        '{"begun_at": 1, "partial": "a\\u0000b"}',
+    ],
 )
 def test_a_record_that_is_broken_is_none(gateway: Gateway, text: str) -> None:
     Path(f"{gateway.database}.backups").write_text(text)
