@@ -19,7 +19,7 @@ import pytest
 from redbtc.billing.webhook_messages import MessageType
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
 from tests.helpers.webhook import SECRET, Hook, Post, receiving
-from tests.store.faults import post
+from tests.store.faults import fill, post
 
 pytestmark = pytest.mark.promise_9
 
@@ -270,6 +270,28 @@ def test_a_disk_that_is_full_at_once(make_gateway: MakeGateway, hook: Hook) -> N
     make_full(gateway, key)
     set_file(gateway, "disk", f"{1 << 40} 0")
     wait_until(lambda: {*kinds(hook)} == {"ledger.unhealthy", "disk.low"})
+
+
+def test_a_real_disk_that_is_full(make_gateway: MakeGateway, hook: Hook, small_disk: Path) -> None:
+    """With the times and limits of a usual gateway, but for the end of a fault."""
+    billing = f'[billing]\nunpriced_models = "free"\n{hook.settings()}'
+    path = small_disk / "redbtc.db"
+    gateway = make_gateway(f'[database]\npath = "{path}"\n{billing}', HOOK_SECRET=SECRET)
+    gateway.database = path
+    gateway.prelude = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from redbtc.gateway import operator_messages\noperator_messages.OVER_SECONDS = 1\n"
+    )
+    gateway.start()
+    key = gateway.new_key()
+    fill(small_disk / "filler")
+    wait_until(lambda: post(gateway, key) == (503, "ledger_unavailable"))
+    wait_until(lambda: {*kinds(hook)} == {"disk.low", "ledger.unhealthy"})
+    (small_disk / "filler").unlink()
+    ends = {"disk.low", "ledger.unhealthy", "disk.room", "ledger.back"}
+    wait_until(lambda: {*kinds(hook)} == ends, why=lambda: str(kinds(hook)))
+    assert len(kinds(hook)) == 4
+    wait_until(lambda: {each[1] for each in listed(gateway)} == {"delivered"})
 
 
 def test_without_a_webhook_nothing_is_noted(make_gateway: MakeGateway, hook: Hook) -> None:
