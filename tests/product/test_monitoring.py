@@ -312,6 +312,7 @@ def repaired(make_gateway: MakeGateway, upstream: Upstream) -> Iterator[list[Sam
         other.commit()
     release.set()
     assert b"200 OK" in sent.recv(65536)
+    wait_until(lambda: gateway.metrics()["redbtc_ledger_repairs_total"] == 1)
     sent.close()
     upstream.script = openai_like
     yield samples(gateway)
