@@ -160,7 +160,7 @@ def test_what_could_not_be_sent_from_memory_is_sent_from_the_ledger(
 
 
 def test_a_ledger_that_fails_by_turns_is_told_once(make_gateway: MakeGateway, hook: Hook) -> None:
-    gateway = watched(make_gateway, hook, OVER_SECONDS=2.0).start()
+    gateway = watched(make_gateway, hook, OVER_SECONDS=5.0).start()
     key = gateway.new_key()
     for _ in range(3):
         make_full(gateway, key)
