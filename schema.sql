@@ -1433,6 +1433,47 @@ UPDATE sqlite_schema
  WHERE type = 'table' AND name = 'webhook_messages';
 PRAGMA writable_schema = RESET;
 
+-- What the webhook was told last of the ledger, the disk and the backups, so that a restart repeats
+-- nothing. `subject` is the first part of the message's type: ledger, disk or backup.
+CREATE TABLE told (
+    subject             TEXT PRIMARY KEY,
+    type                TEXT NOT NULL,          -- of the last message, such as disk.low
+    told_at             INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+ALTER TABLE keys ADD COLUMN
+    expiry_told         INTEGER;                -- the expires_at that its account was told; NULL: none
+CREATE INDEX keys_by_expiry ON keys (expires_at) WHERE expires_at IS NOT NULL AND revoked_at IS NULL;
+
+-- Types of messages and a kind of notices that are new; see version 14.
+PRAGMA writable_schema = ON;
+UPDATE sqlite_schema
+   SET sql = replace(sql, '''upstream.back'',',
+                     '''upstream.back'', ''ledger.unhealthy'', ''ledger.back'', ''disk.low'', ''disk.room'',
+                      ''backup.failed'', ''backup.overdue'', ''backup.made'', ''key.expiring'',')
+ WHERE type = 'table' AND name = 'webhook_messages';
+UPDATE sqlite_schema
+   SET sql = replace(sql, '''incident'', ''budget'')', '''incident'', ''budget'', ''key'')')
+ WHERE type = 'table' AND name = 'notices';
+PRAGMA writable_schema = RESET;
+
+DROP TRIGGER a_notice_is_added;
+CREATE TRIGGER a_notice_is_added AFTER INSERT ON notices WHEN NEW.kind NOT IN ('budget', 'key') BEGIN
+    INSERT INTO changes VALUES (NULL, (SELECT at FROM acting), (SELECT name FROM acting), 'notice',
+        NEW.id, NEW.account_id, NULL, json_object('kind', NEW.kind, 'text', NEW.text,
+            'effective_at', NEW.effective_at, 'until', NEW.until,
+            'refuses_requests', NEW.refuses_requests));
+END;
+
+CREATE TRIGGER the_operator_is_told AFTER INSERT ON webhook_messages
+WHEN NEW.type IN ('ledger.unhealthy', 'ledger.back', 'disk.low', 'disk.room', 'backup.failed',
+                  'backup.overdue', 'backup.made') BEGIN
+    -- The INSERT OR IGNORE that adds a message would turn an INSERT OR REPLACE here into its like.
+    DELETE FROM told WHERE subject = substr(NEW.type, 1, instr(NEW.type, '.') - 1);
+    INSERT INTO told VALUES (
+        substr(NEW.type, 1, instr(NEW.type, '.') - 1), NEW.type, NEW.created_at);
+END;
+
 -- The triggers below take the place of those of the same names.
 
 -- triggers

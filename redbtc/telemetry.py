@@ -48,6 +48,7 @@ class Log:
         self._written = threading.Event()
         self._written.set()
         self._second, self._in_second, self._dropped = 0, 0, 0
+        self.dropped = 0  # lines since the start
         self.failure: Exception | None = None  # the error that ended the thread
         self._thread: threading.Thread | None = None
 
@@ -69,6 +70,7 @@ class Log:
         self._in_second += 1
         if self._in_second > LOG_LINES_A_SECOND or len(self._lines) >= LOG_BACKLOG:
             self._dropped += 1
+            self.dropped += 1
             return
         name = LEVEL_NAMES[level]
         line = {"time": iso_time(now), "level": name, "event": event} | fields
@@ -105,10 +107,14 @@ class Log:
 
 
 LOG = Log()
+# Events since the start, by level, of those that an operator should look at; logged or not.
+NOTED = dict.fromkeys((logging.WARNING, logging.ERROR, logging.CRITICAL), 0)
 
 
 def log(level: int, event: str, **fields: Any) -> None:
     """Log an event, unless the log's level is higher."""
+    if level in NOTED:
+        NOTED[level] += 1
     if level >= LOG.level:
         LOG.write(level, event, fields)
 
@@ -301,6 +307,7 @@ class Telemetry:
             self.refused(request_id, route, refusal_of(error), counted)
             return
         self._requests[route, "500", "refused"] += 1
+        NOTED[logging.ERROR] += 1
         self._line(logging.ERROR, request_id, route, 500, shown_error(error))
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.helpers.fork_server import ForkServer
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway
+from tests.helpers.tools import needs
 from tests.helpers.upstream import Upstream
 
 # On a slow machine neither an example nor its generation may fail for its duration.
@@ -80,3 +83,17 @@ def gateway(make_gateway: MakeGateway) -> Gateway:
 @pytest.fixture
 def key(gateway: Gateway) -> str:
     return gateway.new_key()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    if os.getuid():
+        pytest.skip("mounting a small tmpfs takes root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = [needs("mount"), "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=False)

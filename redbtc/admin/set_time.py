@@ -36,6 +36,7 @@ LATER = {
     "notices": "max(created_at, ifnull(withdrawn_at, 0), ifnull(delivered_at, 0)) > ?1"
     " OR month > ?2",
     "webhook_messages": "max(created_at, ifnull(tried_at, 0), ifnull(delivered_at, 0)) > ?1",
+    "told": "told_at > ?1",
     "upstream_changes": "changed_at > ?1",
     "upstream_rests": "began_at > ?1",
     "accounts": "max(created_at, ifnull(closing_asked_at, 0), ifnull(terminated_at, 0),"
@@ -161,6 +162,7 @@ MOVES = (
     f"""UPDATE prices SET effective_at = {AT_ONCE}, created_at = min(created_at, {AT})
          WHERE {later("prices")}""",
     move("webhook_messages", "created_at", "tried_at", "delivered_at"),
+    move("told", "told_at"),
     # A rest, and the time until which a change lasts, stay as long as they are.
     *(
         f"""UPDATE {table} SET {began} = {AT}, until = until - ({began} - {AT})

@@ -15,6 +15,6 @@ is committed. Payments are read again after each change, so that none counts twi
 billing.py      balances, budgets, holds and payments
 prices.py, model_prices.py, model_patterns.py, price_table.py      which price applies, and the cost
 price_changes.py, price_increases.py, price_texts.py              prices that are added
-notices.py, webhook_messages.py, webhook.py                       what accounts and webhook are told
+notices.py, key_notices.py, webhook_messages.py, webhook.py       what accounts and webhook are told
 reports.py, statements.py, overviews.py, csv.py                   usage and costs, summed up
 """

@@ -1,4 +1,4 @@
-"""Notices to accounts about prices, terms, maintenance, incidents and budgets."""
+"""Notices to accounts about prices, terms, maintenance, incidents, budgets and keys that expire."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ NOTICES = NOTICE + " ORDER BY effective_at, notices.created_at, notices.rowid"
 NOTICE_BY_ID = NOTICE + " WHERE notices.id = ?"
 CURRENT_NOTICES = f"""{NOTICE}
      WHERE (account_id IS NULL OR account_id = ?1) AND withdrawn_at IS NULL
-       AND ifnull(until, ?2 + 1) > ?2 ORDER BY effective_at, notices.created_at, notices.rowid"""
+       AND ifnull(until, ?2 + 1) > ?2 AND (kind <> 'key' OR EXISTS (
+            SELECT 1 FROM keys
+             WHERE keys.id = key_id AND revoked_at IS NULL AND expires_at = until))
+     ORDER BY effective_at, notices.created_at, notices.rowid"""
 NOTICES_TO = f"""{NOTICE}
      WHERE (account_id IS NULL OR account_id = ?1) AND withdrawn_at IS NULL
      ORDER BY notices.created_at, notices.rowid"""

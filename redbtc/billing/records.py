@@ -176,7 +176,7 @@ class Notice(Struct, kw_only=True):
     `added_by`, `withdrawn_at` and `delivered_at`, the time at which the webhook accepted it."""
 
     id: str
-    kind: Literal["price", "terms", "maintenance", "incident", "budget"]
+    kind: Literal["price", "terms", "maintenance", "incident", "budget", "key"]
     account: str | None
     key_id: str | None
     month: str | None

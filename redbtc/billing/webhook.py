@@ -1,4 +1,4 @@
-"""Deliver messages about budgets and upstreams to the webhook in the settings.
+"""Deliver messages to the webhook in the settings.
 
 Each message is posted until the webhook accepts it, with growing pauses, across restarts, for at
 most WEBHOOK_FOR. Requests are signed according to Standard Webhooks (standardwebhooks.com), which
@@ -22,13 +22,20 @@ import httpx2
 import orjson
 
 from redbtc.billing.billing import Billing
-from redbtc.billing.webhook_messages import Webhook, WebhookAnswer
+from redbtc.billing.webhook_messages import (
+    UnstoredMessage,
+    Webhook,
+    WebhookAnswer,
+    WebhookMessages,
+    subject_of,
+)
 from redbtc.errors import Conflict, StorageUnavailable
 from redbtc.store.failures import LogFunction
 from redbtc.store.json_values import json_time, new_id
 
 WEBHOOK_SECONDS = 10
 MAX_RETRY_SECONDS = 3600.0  # seconds
+MAX_UNSTORED_RETRY_SECONDS = 60.0  # of messages in memory, which end with the process
 
 
 def signature(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
@@ -71,28 +78,64 @@ async def post(
 
 async def post_all(billing: Billing, log: LogFunction) -> bool:
     """Post all messages that have not been accepted. Return whether none is left. What follows a
-    message about an upstream that is not accepted must not overtake it: it waits, too."""
+    message about the same subject that is not accepted must not overtake it: it waits, too. While
+    the ledger can't commit, only messages in memory are posted: of others, it could not be noted
+    that they were delivered."""
     messages = billing.messages
     webhook = messages.webhook
-    waiting = await messages.waiting() if webhook else []
-    if not (webhook and waiting):
+    if webhook is None:
         return True
-    failed: set[str] = set()  # upstreams
+    failed: set[str] = set()  # subjects
+    if messages.unstored:
+        await post_unstored(webhook, messages, failed, log)
+    if not billing.store.healthy:
+        return not messages.unstored
+    waiting = [each for each in await messages.waiting() if each.id not in messages.sent_unstored]
+    if not waiting:
+        return True
     async with webhook_client() as client:
         for message in waiting:
-            upstream = message.data.get("upstream")
-            if upstream in failed:
+            subject = subject_of(message.type, message.data)
+            if subject in failed:
                 continue
             body = {"type": message.type, "timestamp": message.created_at, "data": message.data}
             answer = await post(client, webhook, message.id, body)
-            if answer.status is None:
-                log(logging.WARNING, "webhook failed", webhook_id=message.id, error=answer.error)
-            elif not answer.delivered:
-                log(logging.WARNING, "webhook refused", webhook_id=message.id, status=answer.status)
+            log_answer(message.id, answer, log)
             await messages.note_answer(message.id, answer)
-            if upstream and not answer.delivered:
-                failed.add(upstream)
+            if subject and not answer.delivered:
+                failed.add(subject)
     return not await messages.waiting()
+
+
+async def post_unstored(
+    webhook: Webhook, messages: WebhookMessages, failed: set[str], log: LogFunction
+) -> None:
+    """Post the messages in memory, in their order. Add the subjects of those that are not accepted
+    to `failed`."""
+    async with webhook_client() as client:
+        for message in list(messages.unstored):
+            subject = subject_of(message.kind, message.data)
+            if subject in failed:
+                continue
+            answer = await post(client, webhook, message.id, webhook_body(message))
+            log_answer(message.id, answer, log)
+            messages.note_answer_to_unstored(message, answer)
+            if subject and not answer.delivered:
+                failed.add(subject)
+
+
+def webhook_body(message: UnstoredMessage) -> Mapping[str, Any]:
+    """Return the body with which a message in memory is posted."""
+    timestamp = json_time(message.created_at)
+    return {"type": message.kind, "timestamp": timestamp, "data": message.data}
+
+
+def log_answer(message_id: str, answer: WebhookAnswer, log: LogFunction) -> None:
+    """Log that a message was not accepted."""
+    if answer.status is None:
+        log(logging.WARNING, "webhook failed", webhook_id=message_id, error=answer.error)
+    elif not answer.delivered:
+        log(logging.WARNING, "webhook refused", webhook_id=message_id, status=answer.status)
 
 
 async def post_test(billing: Billing) -> WebhookAnswer:
@@ -125,4 +168,5 @@ async def post_for_ever(billing: Billing, log: LogFunction) -> None:
         done = False
         with contextlib.suppress(sqlite3.Error, StorageUnavailable):
             done = await post_all(billing, log)
-        pause = None if done else min(MAX_RETRY_SECONDS, max(1.0, 2 * (pause or 0.0)))
+        longest = MAX_UNSTORED_RETRY_SECONDS if billing.messages.unstored else MAX_RETRY_SECONDS
+        pause = None if done else min(longest, max(1.0, 2 * (pause or 0.0)))

@@ -1,7 +1,8 @@
 """The messages to the webhook in the settings: what it is told, and whether that arrived.
 
 A message about a budget is added with its notice, by a trigger (schema.sql). One about an upstream
-is added here, where there is a webhook.
+is added here, where there is a webhook. While the ledger can't commit, messages about the gateway
+itself are also sent from memory: that the ledger fails must get out.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ MESSAGE = """
     SELECT id, type, data, created_at, tries, tried_at, status, error, delivered_at
       FROM webhook_messages"""
 WAITING = MESSAGE + " WHERE delivered_at IS NULL AND created_at > ? ORDER BY number"
+COUNT_WAITING = """
+    SELECT count(*) AS count FROM webhook_messages WHERE delivered_at IS NULL AND created_at > ?"""
 NEWEST_MESSAGES = MESSAGE + " ORDER BY number DESC LIMIT ?"
 TRIED = """
     UPDATE webhook_messages SET tries = tries + 1, tried_at = ?1, status = ?2, error = ?3,
            delivered_at = iif(?4, ?1, NULL)
      WHERE id = ?5"""
 NOTICE_DELIVERED = "UPDATE notices SET delivered_at = ? WHERE id = ?"
+LAST_TOLD = "SELECT subject, type, told_at FROM told"
 OUTAGES_SENT = """
     SELECT data ->> 'upstream' AS upstream, created_at FROM webhook_messages
      WHERE type = 'upstream.out' AND number IN (
@@ -57,6 +61,53 @@ class WebhookAnswer(Struct):
     error: str | None
 
 
+MessageType = Literal[
+    "budget.reached",
+    "upstream.out",
+    "upstream.back",
+    "upstream.credentials",
+    "account.closing",
+    "ledger.unhealthy",
+    "ledger.back",
+    "disk.low",
+    "disk.room",
+    "backup.failed",
+    "backup.overdue",
+    "backup.made",
+    "key.expiring",
+    "model.unpriced",
+]
+ORDERED = ("upstream", "ledger", "disk", "backup")  # whose messages must arrive in their order
+
+
+def subject_of(kind: str, data: Mapping[str, Any]) -> str | None:
+    """Return what a message is about, if messages about it must not overtake one another."""
+    prefix = kind.partition(".")[0]
+    return f"{prefix} {data.get('upstream', '')}" if prefix in ORDERED else None
+
+
+class UnstoredMessage(NamedTuple):
+    """A message that is sent from memory, since the ledger can't commit now. `created_at` is in
+    milliseconds of the ledger's time."""
+
+    id: str
+    kind: str
+    data: Mapping[str, Any]
+    created_at: int
+
+    @property
+    def statement(self) -> SQLStatement:
+        """Return the statement that adds the message to the ledger."""
+        return ADD_MESSAGE, (self.id, self.kind, orjson.dumps(self.data).decode(), self.created_at)
+
+
+class Told(NamedTuple):
+    """The last message about the ledger, the disk or the backups; its time in milliseconds."""
+
+    kind: str
+    at: int
+
+
 class WebhookMessages:
     """The messages of a gateway. `wakeup` is set when there may be something to send."""
 
@@ -64,24 +115,37 @@ class WebhookMessages:
         """`settings` may be replaced by others."""
         self.settings = settings
         self.wakeup = asyncio.Event()
+        self.unstored: list[UnstoredMessage] = []  # that are to be sent from memory
+        self.sent_unstored: set[str] = set()  # ids of sent ones of which that is not written yet
+        self.delivered = self.failed = 0  # tries since the start
         self._store = store
 
     @property
     def webhook(self) -> Webhook | None:
         """The webhook of the settings, None if there is none or its secret is not set."""
-        url, secret_env = self.settings.webhook_url, self.settings.webhook_secret_env
-        secret = os.environ.get(secret_env, "")
-        return Webhook(url, secret) if url and secret else None
+        return webhook_of(self.settings)
 
     def add(self, kind: str, data: Mapping[str, Any]) -> None:
         """Write a message with the next commit, and send it then."""
         sql, values = self.statement(kind, data)
         self.wake_up_after(self._store.record(sql, values, retry_until_written=True))
 
+    def add_now(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Add a message as `add` does. If the ledger can't commit, also send it from memory."""
+        message = self.message(kind, data)
+        sql, values = message.statement
+        self.wake_up_after(self._store.record(sql, values, retry_until_written=True))
+        if not self._store.healthy:
+            self.unstored.append(message)
+            self.wakeup.set()
+
+    def message(self, kind: str, data: Mapping[str, Any]) -> UnstoredMessage:
+        """Return a new message."""
+        return UnstoredMessage(new_id("msg"), kind, data, self._store.time())
+
     def statement(self, kind: str, data: Mapping[str, Any]) -> SQLStatement:
         """Return the statement that adds a message, for a transaction. Set `wakeup` after that."""
-        values = (new_id("msg"), kind, orjson.dumps(data).decode(), self._store.time())
-        return ADD_MESSAGE, values
+        return self.message(kind, data).statement
 
     def wake_up_after(self, written: asyncio.Future[None]) -> None:
         """Send what waits as soon as something is written."""
@@ -93,6 +157,11 @@ class WebhookMessages:
         since = self._store.time() - WEBHOOK_FOR
         return [WebhookMessage.of(row, since) async for row in self._store.rows(WAITING, (since,))]
 
+    async def count_waiting(self) -> int:
+        """Return how many messages are to be sent."""
+        row = await self._store.one(COUNT_WAITING, (self._store.time() - WEBHOOK_FOR,))
+        return row["count"] if row else 0
+
     async def newest(self, limit: int) -> list[WebhookMessage]:
         """Return the newest `limit` messages, newest first."""
         since = self._store.time() - WEBHOOK_FOR
@@ -101,10 +170,43 @@ class WebhookMessages:
 
     async def note_answer(self, message_id: str, answer: WebhookAnswer) -> None:
         """Note what came of sending a message. Raises StorageUnavailable."""
+        self._count(answer)
         now = self._store.time()
-        tried = now, answer.status, answer.error, answer.delivered, message_id
-        accepted_at = now if answer.delivered else None
-        await self._store.transact((TRIED, tried), (NOTICE_DELIVERED, (accepted_at, message_id)))
+        notice = NOTICE_DELIVERED, (now if answer.delivered else None, message_id)
+        await self._store.transact(tried(message_id, answer, now), notice)
+
+    def note_answer_to_unstored(self, message: UnstoredMessage, answer: WebhookAnswer) -> None:
+        """Note what came of sending a message from memory. One that was not accepted is sent again,
+        from the ledger if that can commit by then."""
+        self._count(answer)
+        if answer.delivered:
+            self.sent_unstored.add(message.id)
+            sql, values = tried(message.id, answer, self._store.time())
+            written = self._store.record(sql, values, retry_until_written=True)
+            written.add_done_callback(lambda _: self.sent_unstored.discard(message.id))
+        if answer.delivered or self._store.healthy:
+            self.unstored.remove(message)
+
+    async def store_sent(self, message: UnstoredMessage, answer: WebhookAnswer | None) -> None:
+        """Add a message that was sent before the ledger was open, with the last answer to it.
+        Raises StorageUnavailable."""
+        statements = [message.statement]
+        if answer:
+            self._count(answer)
+            statements.append(tried(message.id, answer, self._store.time()))
+        await self._store.transact(*statements)
+        self.wakeup.set()
+
+    def _count(self, answer: WebhookAnswer) -> None:
+        if answer.delivered:
+            self.delivered += 1
+        else:
+            self.failed += 1
+
+    async def told(self) -> dict[str, Told]:
+        """Return the last messages about the ledger, the disk and the backups, by subject."""
+        rows = self._store.rows(LAST_TOLD)
+        return {row["subject"]: Told(row["type"], row["told_at"]) async for row in rows}
 
     async def outages_sent(self) -> dict[str, int]:
         """Return the upstreams whose last message was upstream.out, with its time in
@@ -113,19 +215,23 @@ class WebhookMessages:
         return {row["upstream"]: row["created_at"] async for row in rows}
 
 
+def webhook_of(settings: BillingSettings) -> Webhook | None:
+    """Return the webhook of the settings, None if there is none or its secret is not set."""
+    secret = os.environ.get(settings.webhook_secret_env, "")
+    return Webhook(settings.webhook_url, secret) if settings.webhook_url and secret else None
+
+
+def tried(message_id: str, answer: WebhookAnswer, now: int) -> SQLStatement:
+    """Return the statement that notes an answer at a time in milliseconds."""
+    return TRIED, (now, answer.status, answer.error, answer.delivered, message_id)
+
+
 class WebhookMessage(Struct):
     """A message to the webhook. `status` and `error` are the last answer: its HTTP status or, if
     none came, the type of the error. Messages are given up after three days."""
 
     id: str
-    type: Literal[
-        "budget.reached",
-        "upstream.out",
-        "upstream.back",
-        "upstream.credentials",
-        "account.closing",
-        "model.unpriced",
-    ]
+    type: MessageType
     data: dict[str, Any]
     state: Literal["waiting", "delivered", "given_up"]
     created_at: Moment

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import httpx2
@@ -17,16 +15,15 @@ from redbtc.billing.document_files import read_documents
 from redbtc.billing.documents import DOCUMENTS, by_document, is_new
 from redbtc.billing.model_patterns import matches
 from redbtc.billing.price_texts import few
+from redbtc.cli.check_warnings import warnings_of
 from redbtc.cli.main import CommandContext, commands, json_option, show
 from redbtc.codex.catalog import MAX_BODY, SETTING, CatalogError, parse_catalog, size_of
 from redbtc.codex.model_info import MEASURED_VERSION
 from redbtc.config import LoadedSettings, Settings, SettingsError, is_web_address, missing_keys
-from redbtc.errors import UserError
 from redbtc.gateway.model_catalog import fetch_catalog
 from redbtc.meter.error_codes import error_code_in
 from redbtc.rates import DEFAULT_TIER
-from redbtc.store.consistency import check_file
-from redbtc.store.versions import refuse_newer
+from redbtc.store.consistency import check_file, rows_of
 from redbtc.times import now_ms
 from redbtc.upstream.certificates import check_ca_files
 from redbtc.upstream.configured import Upstreams
@@ -73,13 +70,14 @@ class AskedUpstream(msgspec.Struct):
 def check(context: CommandContext, upstreams: bool, as_json: bool) -> None:
     """Check the settings, the database and Codex CLI's model catalogue.
 
-    Exits with 2 if there are problems. Exits with 1 if there are none, but an upstream does not
-    answer with a list of models."""
+    Warnings say what will hurt later, and don't change the exit status. Exits with 2 if there are
+    problems. Exits with 1 if there are none, but an upstream does not answer with a list of
+    models."""
     try:
         loaded = context.loaded
         check_ca_files(loaded.settings.upstreams)
     except SettingsError as error:
-        show_check(None, [str(error)], None, as_json)
+        show_check(None, Found([str(error)]), None, as_json)
     else:
         currency = loaded.settings.billing.currency
         problems = missing_keys(loaded.settings)
@@ -88,7 +86,8 @@ def check(context: CommandContext, upstreams: bool, as_json: bool) -> None:
         catalog_problems, notes = check_catalog(loaded, fetches=upstreams)
         notes += check_unpriced(loaded)
         asked = asyncio.run(ask_all(loaded.settings)) if upstreams else None
-        show_check(loaded, problems + catalog_problems, asked, as_json, notes)
+        found = Found(problems + catalog_problems, notes, warnings_of(loaded))
+        show_check(loaded, found, asked, as_json)
 
 
 def check_documents(loaded: LoadedSettings) -> list[str]:
@@ -108,32 +107,40 @@ def check_documents(loaded: LoadedSettings) -> list[str]:
     return problems
 
 
+class Found(NamedTuple):
+    """The findings: problems, notes about the model catalogue, and warnings, a line each."""
+
+    problems: Sequence[str]
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
 def show_check(
     loaded: LoadedSettings | None,
-    problems: list[str],
+    found: Found,
     asked: Sequence[AskedUpstream] | None,
     as_json: bool,
-    notes: Sequence[str] = (),
 ) -> None:
     """Print what `check` has found, and exit with its status if that is not 0. `loaded` is None if
     the settings can't be read, `asked` if the upstreams were not asked."""
     failed = [each for each in asked or () if not each.ok]
-    ok = not problems and not failed
-    found: dict[str, Any] = {
+    ok = not found.problems and not failed
+    shown: dict[str, Any] = {
         "ok": ok,
         "settings": str(loaded.file) if loaded and loaded.file else None,
         "database": str(loaded.database_path) if loaded else None,
-        "problems": problems,
-        "notes": list(notes),
+        **{name: list(lines) for name, lines in found._asdict().items()},
     }
     if asked is not None:
-        found["upstreams"] = [msgspec.structs.asdict(each) for each in asked]
+        shown["upstreams"] = [msgspec.structs.asdict(each) for each in asked]
     read = [f"settings: {loaded.file or 'built-in defaults'}"] if loaded else []
+    warnings = [f"warning: {each}" for each in found.warnings]
     answers = [each.text() for each in asked or ()]
-    lines = [*read, *notes, *answers, *problems, "ok" if ok else "not ok"]
-    show(found, as_json, lambda: "\n".join(lines))
+    ends = "ok" if ok else "not ok"
+    lines = [*read, *found.notes, *answers, *warnings, *found.problems, ends]
+    show(shown, as_json, lambda: "\n".join(lines))
     if not ok:
-        raise SystemExit(2 if problems else 1)
+        raise SystemExit(2 if found.problems else 1)
 
 
 def check_catalog(loaded: LoadedSettings, *, fetches: bool) -> tuple[list[str], list[str]]:
@@ -206,17 +213,6 @@ def patterns_with_price(path: Path) -> list[str]:
     """Return the names and patterns of models that have a price now."""
     found = rows_of(path, PATTERNS_WITH_PRICE, DEFAULT_TIER, now_ms())
     return [model for (model,) in found]
-
-
-def rows_of(path: Path, sql: str, *values: str | int) -> list[Any]:
-    """Return the rows of a query; none if the database can't be read or is of a newer version,
-    which `check_file` reports, or is of an earlier version that has no such table."""
-    try:
-        refuse_newer(path)
-        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-            return database.execute(sql, values).fetchall()
-    except (sqlite3.Error, UserError, OSError):
-        return []
 
 
 async def ask_all(settings: Settings) -> list[AskedUpstream]:

@@ -84,7 +84,7 @@ def price_diff(
     compared = compare_with(context, source, provider, every_model)
     toml = toml_of(compared.comparison.changed, compared)
     if file:
-        write_new(file, toml)
+        write_list(file, toml)
     found = compared.result()
     if as_toml:
         click.echo(toml, nl=False)
@@ -274,7 +274,7 @@ def inline_table(changed: ChangedPrice, effective: str) -> str:
     return f"{{ {', '.join(parts)} }}"
 
 
-def write_new(path: Path, text: str) -> None:
+def write_list(path: Path, text: str) -> None:
     """Write a file that does not exist. Raises UserError."""
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

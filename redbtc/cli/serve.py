@@ -37,6 +37,7 @@ from redbtc.config import (
 from redbtc.errors import StorageUnavailable, UserError
 from redbtc.gateway.reloading import publish_documents, publish_reloaded
 from redbtc.gateway.service import Service
+from redbtc.gateway.unopened_ledger import UnopenedLedger
 from redbtc.money import NANOS
 from redbtc.server.listening import address_of, listen, raise_descriptor_limit, server_for
 from redbtc.store.database import Store
@@ -205,12 +206,16 @@ async def open_ledger(
             serving.joined = None
         except (StorageUnavailable, LedgerDamaged) as error:
             raise UserError(str(error)) from None
-    said = ""
+    said, unopened = "", UnopenedLedger(options.settings.billing, log)
+    stack.push_async_callback(unopened.end, None)
     while True:
         tried = state_of(path)
         try:
-            return await try_to_open(stack, options, serving)
+            billing = await try_to_open(stack, options, serving)
+            await unopened.end(billing.messages)
+            return billing
         except LedgerDamaged as error:
+            unopened.note(str(error))
             if str(error) != said:
                 said = str(error)
                 log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED_AT_START)
@@ -223,6 +228,7 @@ async def open_ledger(
             if str(error) != said:
                 said = str(error)
                 log(logging.ERROR, "ledger unavailable", reason=said)
+            unopened.note(said)
             await asyncio.sleep(RETRY_SECONDS)
 
 

@@ -74,6 +74,10 @@ class UnfinishedCount:
         """Return the number of the account's unfinished background responses."""
         return self._counts[account_id]
 
+    def total(self) -> int:
+        """Return the number of all accounts' unfinished background responses."""
+        return self._counts.total()
+
     def by_account(self) -> dict[str, int]:
         """Return the number of each account that has any."""
         return dict(self._counts)

@@ -16,6 +16,7 @@ from redbtc.gateway.daily_work import DailyWork
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.health import HealthRoutes
 from redbtc.gateway.models import Models
+from redbtc.gateway.operator_metrics import OperatorMetrics
 from redbtc.gateway.progress import save_progress
 from redbtc.gateway.site_routes import SiteRoutes
 from redbtc.gateway.summary import summary
@@ -24,6 +25,7 @@ from redbtc.gateway.upstream_metrics import UpstreamMetrics
 from redbtc.gateway.uptime import UptimeWatch
 from redbtc.gateway.view import GatewayView
 from redbtc.gateway.vitals import Vitals, watch_size
+from redbtc.gateway.watching import Watch
 from redbtc.store.clock import watch_clock
 from redbtc.store.erasure import erase_due
 from redbtc.store.request_log import RequestLog
@@ -53,7 +55,9 @@ class Service:
         self.health_routes = HealthRoutes(self.gateway, dashboard, meter)
         self.site_routes = SiteRoutes(self.gateway, self.admin_routes.lazy_dashboard)
         self.vitals = Vitals(billing.store, request_log)
+        self.watch = Watch(billing.store, billing.messages)
         telemetry.registry.register(self.vitals)
+        telemetry.registry.register(OperatorMetrics(self.gateway, self.watch))
         telemetry.registry.register(UpstreamMetrics(self.gateway.upstreams))
         self._tasks: list[asyncio.Task[None]] = []
         self._sole_tasks: list[asyncio.Task[None]] = []
@@ -87,6 +91,7 @@ class Service:
                 "size": watch_size(store),
                 "unpriced models": write_unpriced_for_ever(gateway),
                 "uptime": self.uptime.check_for_ever(),
+                "watch": self.watch.watch_for_ever(),
                 "model catalog": gateway.catalog.keep_fresh(),
                 "systemd": report_status(partial(summary, gateway)),
             }

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from redbtc.store.upstream_changes import UpstreamState
 from redbtc.upstream.configured import Upstreams
+from redbtc.upstream.health_report import rejects_key
 
 
 class UpstreamMetrics:
@@ -31,6 +32,9 @@ class UpstreamMetrics:
             "Requests that failed at the upstream, by error code or cause",
             labels=[*of, "reason"],
         )
+        rejected = GaugeMetricFamily(
+            "redbtc_upstream_key_rejected", "1 while the upstream rejects its key", labels=of
+        )
         in_flight = GaugeMetricFamily(
             "redbtc_upstream_in_flight", "Requests in flight at the upstream", labels=of
         )
@@ -42,5 +46,6 @@ class UpstreamMetrics:
             attempts.add_metric([each.name], health.past.attempts)
             for reason, count in health.past.failures.items():
                 failures.add_metric([each.name, reason], count)
+            rejected.add_metric([each.name], rejects_key(health))
             in_flight.add_metric([each.name], health.in_flight)
-        yield from (states, attempts, failures, in_flight)
+        yield from (states, attempts, failures, rejected, in_flight)

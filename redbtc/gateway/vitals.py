@@ -6,23 +6,21 @@ lag; and what became of the bodies that the request log was given.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
+from redbtc.store.disk import disk_room
+from redbtc.store.health import Health
 from redbtc.store.request_log import RequestLog
 from redbtc.telemetry import histogram_of, log
 
 WATCH_SECONDS = 1
-LOW_DISK_BYTES, LOW_DISK_SHARE = 256 << 20, 0.05  # free; the smaller of the two
-MARGIN = 1.1  # so many times that much must be free before the disk counts as having room again
 TICK_SECONDS = 0.1
 LAG_SECONDS = 15
 
@@ -43,29 +41,16 @@ class Condition:
 
 
 async def watch_size(store: Store) -> None:
-    """Keep the WAL file small, and watch the database's files and the room on their disk, for
-    ever."""
-    low = Condition("disk nearly full", "disk has room again")
+    """Keep the WAL file small, and watch the database's files, for ever."""
     stuck = Condition("WAL file not emptied", "WAL file can be emptied again")
     while True:
         await asyncio.sleep(WATCH_SECONDS)
-        note_room(low, store)
         store.check_files()
         try:
             if await store.shrink():
                 stuck.note(False)
         except StorageUnavailable as error:
             stuck.note(True, reason=str(error))
-
-
-def note_room(low: Condition, store: Store) -> None:
-    """Note whether the disk of the database is nearly full."""
-    try:
-        disk = shutil.disk_usage(store.path.parent)
-    except OSError:  # that commits fail is said elsewhere
-        return
-    needed = min(LOW_DISK_BYTES, disk.total * LOW_DISK_SHARE) * (MARGIN if low.holds else 1)
-    low.note(disk.free < needed, free_bytes=disk.free, folder=str(store.path.parent))
 
 
 class Vitals:
@@ -110,6 +95,11 @@ class Vitals:
             store.clock.offset / 1000,
         )
         yield gauge("redbtc_ledger_healthy", "1 while the ledger can commit", store.healthy)
+        states = gauge("redbtc_ledger_state", "1 for the state of the ledger", labels=["state"])
+        for state in get_args(Health):
+            states.add_metric([state], commits.state.health == state)
+        yield states
+        yield gauge("redbtc_ledger_waiting", "Changes that wait for a commit", commits.waiting)
         yield histogram_of(
             "redbtc_ledger_commit_seconds",
             "Duration of a ledger commit",
@@ -123,9 +113,9 @@ class Vitals:
             {(): commits.begin_seconds},
         )
         yield from self._of_request_log()
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(store.path.parent).free
-            yield gauge("redbtc_disk_free_bytes", "Free space on the database's disk", free)
+        if room := disk_room(store.path):
+            yield gauge("redbtc_disk_free_bytes", "Free space on the database's disk", room.free)
+            yield gauge("redbtc_disk_total_bytes", "Size of the database's disk", room.total)
 
     def _of_request_log(self) -> Iterator[Metric]:
         request_log, gauge, counter = self._request_log, GaugeMetricFamily, CounterMetricFamily

@@ -39,6 +39,11 @@ class Limiter:
         self._all = LimitCounters("this gateway")
         self.queued = 0
 
+    @property
+    def of_gateway(self) -> LimitCounters:
+        """Return the counters of all accounts together."""
+        return self._all
+
     def charge(self, key: Key, limits: LimitSettings) -> Admission:
         """Charge one request, before its body is read. Raises Refusal if a rate is used up."""
         return Admission(self._applied_limits(key, limits), limits.queue_seconds)

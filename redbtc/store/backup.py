@@ -59,6 +59,7 @@ FILE_SUFFIXES = (
     ".lock",
     ".sock",
     ".owed",
+    ".backups",
     ".restoring",
     ".restored",
     ".trial",
@@ -535,7 +536,7 @@ def restore(database: Path, given: str, checks: Mapping[str, str]) -> Restored:
         with temporary(restoring) as file:
             copy(source, file, restoring, immutable=_is_one_file(source))
             contents = verify(restoring, source, checks)
-            _own_like(file, database)
+            own_like(file, database)
             size = os.fstat(file).st_size
             os.fsync(file)
             os.replace(restoring, suffixed(database, ".restored"))
@@ -553,9 +554,9 @@ def _is_one_file(source: Path) -> bool:
     return not any(suffixed(source, part).exists() for part in ("-wal", "-journal"))
 
 
-def _own_like(file: int, database: Path) -> None:
-    """Give the file to the owner of the database that it replaces, or of the folder, if root
-    restores: the gateway often runs as another user."""
+def own_like(file: int, database: Path) -> None:
+    """Give the file to the owner of the database, or of the folder if there is no database, if root
+    gives the command: the gateway often runs as another user."""
     if os.geteuid() == 0:
         like = (database if database.exists() else database.parent).stat()
         os.fchown(file, like.st_uid, like.st_gid)

@@ -87,6 +87,11 @@ class Commits:
         waiting = self._queue.waiting or self._queue.writing
         return not waiting and time.monotonic() - self.committed_at > IDLE_SECONDS
 
+    @property
+    def waiting(self) -> int:
+        """Return how many changes wait for a commit, or are being written."""
+        return len(self._queue.waiting) + len(self._queue.writing)
+
     # Groups
 
     async def _work(self) -> None:

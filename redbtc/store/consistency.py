@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 from redbtc.errors import StorageUnavailable, UserError
 from redbtc.store.backup import FILE_CHECKS, suffixed
@@ -115,3 +116,14 @@ def check_file(path: Path, currency: str) -> list[str]:
             f"billing.currency is {currency}, but the ledger is in {others[0][0]}; change it back"
         )
     return wrong
+
+
+def rows_of(path: Path, sql: str, *values: str | int) -> list[Any]:
+    """Return the rows of a query; none if the database can't be read or is of a newer version,
+    which `check_file` reports, or is of an earlier version that has no such table."""
+    try:
+        refuse_newer(path)
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            return database.execute(sql, values).fetchall()
+    except (sqlite3.Error, UserError, OSError):
+        return []

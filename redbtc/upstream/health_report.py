@@ -55,6 +55,12 @@ def report(health: MemberHealth) -> HealthReport:
     )
 
 
+def rejects_key(health: MemberHealth) -> bool:
+    """Return whether a member has rejected its key, and no request has succeeded since."""
+    outage = health.absences.outage
+    return (outage.reason if outage else health.struggling) == CREDENTIALS
+
+
 def can_serve(health: MemberHealth) -> bool:
     """Return whether a member would probably serve a request, for some model."""
     now, outage = health.clock(), health.absences.outage

@@ -21,6 +21,7 @@ import httpx2
 import psutil
 
 from tests.helpers.fork_server import Forked, ForkServer
+from tests.helpers.log_events import undocumented
 
 ROOT = Path(__file__).resolve().parents[2]
 UPSTREAM_KEY = "sk-upstream-canary-0123456789"
@@ -133,6 +134,7 @@ class Gateway:
         self.process: Process | None = None
         self.past: list[Process] = []  # the processes from which others have taken over
         self.expected_dead = False
+        self._is_documented = root == ROOT
         self.configure(settings)
 
     def configure(self, settings: str | Mapping[str, Any] = "") -> None:
@@ -256,6 +258,8 @@ class Gateway:
         assert "Traceback" not in self.log(), self.log()
         assert '"level":"error","event":"request"' not in self.log(), self.log()
         assert '"event":"unexpected error"' not in self.log(), self.log()
+        wrong = undocumented(self.log()) if self._is_documented else []
+        assert not wrong, f"docs/operating.md does not describe what was logged: {wrong}"
 
     # What it shows
 

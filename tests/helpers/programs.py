@@ -13,11 +13,7 @@ from tests.helpers.gateway import ROOT
 ADDED = "CREATE TABLE added_later (id INTEGER PRIMARY KEY) STRICT;"
 NEXT_RELEASE = "99.0.0"
 PARTS = (
-    "redbtc_proxy.py",
-    "schema.sql",
-    "config.toml",
-    "prices.toml",
-    "pyproject.toml",
+    *("redbtc_proxy.py", "schema.sql", "config.toml", "prices.toml", "pyproject.toml"),
     "README.md",
 )
 

@@ -21,6 +21,7 @@ base_url = "http://127.0.0.1:9/v1"
 api_key_env = "TEST_UPSTREAM_KEY"
 """
 SHIPPED = ["schema.sql", "config.toml", "prices.toml", "deploy/terms.md", "deploy/privacy.md"]
+SHIPPED += ["deploy/alerts.yml", "deploy/grafana.json"]
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,8 @@ class Commands:
         return printed
 
     def refuses(self, *arguments: str | Path) -> str:
-        """The command changes nothing in the folder and prints one line, which is returned."""
+        """The command changes nothing in the folder but the record of backups, and prints one
+        line, which is returned."""
         before = self._files()
         assert self(*arguments) == 1
         assert self._files() == before
@@ -184,8 +185,8 @@ class Commands:
         return line
 
     def _files(self) -> dict[str, bytes | None]:
-        made_by_opening = ("redbtc.db-shm", "redbtc.db-wal", "redbtc.db.lock")
-        ours = [file for file in self.folder.rglob("*") if file.name not in made_by_opening]
+        others = ("redbtc.db-shm", "redbtc.db-wal", "redbtc.db.lock", "redbtc.db.backups")
+        ours = [file for file in self.folder.rglob("*") if file.name not in others]
         return {str(file): file.read_bytes() if file.is_file() else None for file in ours}
 
 
