@@ -46,6 +46,7 @@ LANDED = {
     14: "4d02cdf924366e93",
     15: "82935fe05272ab7a",
     16: "3e3543b1bd2a6a77",
+    17: "e4f2c5e400437435",
 }
 AT = (
     4_102_444_800_000  # 2100-01-01: the ledger's time stands still there, so all dates are the same
@@ -126,6 +127,10 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("webhook_messages", {"number": 9, "type": "budget.reached", "data": "{}"}),
     ("documents", {"name": "terms", "version": "1"}),
     ("acceptances", {"document": "terms", "version": "1"}),
+    ("uptime", {"began_at": 0, "ended_at": AT, "state": "up"}),
+    ("unpriced_models", {"model": "m", "requests": 2}),
+    ("unpriced_model_accounts", {"model": "m", "requests": 2}),
+    ("told", {"subject": "disk", "type": "disk.low"}),
 ]
 
 
