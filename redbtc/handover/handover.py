@@ -148,9 +148,10 @@ class Handover:
             before, after = restart.schema_before, restart.schema_after
             log(logging.WARNING, "restarting", schema_before=before, schema_after=after)
             await successor.hand_over_at_the_end()
+            log(logging.INFO, "handed over", pid=successor.pid)
         else:
-            await successor.hand_over()
-        log(logging.INFO, "handed over", pid=successor.pid)
+            waited = await successor.hand_over()
+            log(logging.INFO, "handed over", pid=successor.pid, paused_ms=round(waited * 1000))
         self._successor = successor
         self._following = asyncio.create_task(successor.follow(), name="successor")
         seconds = RESTART_SECONDS if restart else None

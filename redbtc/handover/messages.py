@@ -82,6 +82,7 @@ HandoverMessage = (
     | Ready
     | NeedsRestart
     | GatewayState
+    | Go
     | Restart
     | Serves
     | Moved
