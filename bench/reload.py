@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import sys
 import tempfile
 import time
@@ -70,8 +71,11 @@ async def measure(reloads: int, clients: int) -> None:
                 took.append(time.monotonic() - began)
             await load.stop()
         rows = await asyncio.to_thread(gateway.rows)
+        paused = sorted(map(int, re.findall(r'"paused_ms":(\d+)', gateway.log())))
         gateway.close()
     show(load, upstream, took, calm, rows)
+    print(f"new requests waited, median (ms)       {paused[len(paused) // 2]:9}")
+    print(f"new requests waited, most (ms)         {paused[-1]:9}")
 
 
 def show(

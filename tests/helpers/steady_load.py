@@ -131,7 +131,7 @@ class SteadyLoad:
         self.done: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.moved = 0  # WebSockets that were told to move
-        self.seconds: list[float] = []  # that answers without a stream took
+        self.seconds: list[float] = []  # that answers on new connections took
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -216,7 +216,7 @@ class SteadyLoad:
         if b'"completed"' not in content:
             raise ValueError(content[-200:])
         self.done[kind] += 1
-        if kind != "stream":
+        if kind == "connections":
             self.seconds.append(time.monotonic() - began)
 
     async def _websocket(self, key: str, model: str, seconds: float) -> None:
