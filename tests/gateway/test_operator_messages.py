@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -374,6 +375,54 @@ def test_a_backup_that_is_killed_has_failed(make_gateway: MakeGateway, hook: Hoo
     wait_for(hook, "backup.failed", "backup.made")
 
 
+def test_a_disk_of_backups_that_does_not_answer_holds_up_no_gateway(
+    make_gateway: MakeGateway, hook: Hook
+) -> None:
+    """Opening the unfinished backup would not return. Its folder may also be closed to the
+    gateway's user."""
+    gateway = watched(make_gateway, hook).start()
+    gateway.new_key()
+    target = f"{gateway.folder}/b.db"
+    arguments = ["--config", str(gateway.config), "db", "backup", target]
+    command = [sys.executable, "-c", STUCK, str(ROOT), *arguments]
+    with subprocess.Popen(command, cwd=gateway.folder) as backup:
+        wait_until(lambda: Path(f"{target}.partial").exists())
+        Path(f"{target}.partial").unlink()
+        os.mkfifo(f"{target}.partial")
+        settled(gateway)
+        assert gateway.get("/healthz").status_code == 200
+        assert not hook.posts, "it runs"
+        backup.kill()
+    wait_for(hook, "backup.failed")
+
+
+def test_a_clock_that_was_ahead_at_a_backup_hides_nothing_later(
+    make_gateway: MakeGateway, hook: Hook
+) -> None:
+    gateway = watched(make_gateway, hook).start()
+    gateway.new_key()
+    assert gateway.run("db", "backup", f"{gateway.folder}/b.db").returncode == 0
+    ahead = record(gateway)
+    ahead["succeeded_at"] += 1000 * DAY
+    ahead["failed_at"] = ahead["succeeded_at"] + DAY
+    set_file(gateway, "redbtc.db.backups", json.dumps(ahead))
+    assert gateway.run("db", "backup", f"{gateway.folder}/missing/").returncode == 1
+    wait_for(hook, "backup.failed")
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute("UPDATE runs SET started_at = started_at - 8 * 86400000")
+        database.commit()
+    gateway.start()
+    wait_for(hook, "backup.failed", "backup.overdue")
+    assert gateway.metrics()["redbtc_backup_age_seconds"] > 7 * 86400
+    assert "no backup for 8 days" in gateway.run("check").stdout
+    failed = {**record(gateway), "failed_at": ahead["failed_at"]}
+    set_file(gateway, "redbtc.db.backups", json.dumps(failed))
+    assert gateway.run("db", "backup", f"{gateway.folder}/b.db").returncode == 0
+    wait_for(hook, "backup.failed", "backup.overdue", "backup.made")
+    assert gateway.metrics()["redbtc_backup_failed"] == 0
+
+
 def test_a_backup_of_a_stopped_gateway_is_told_later(make_gateway: MakeGateway, hook: Hook) -> None:
     gateway = watched(make_gateway, hook).start()
     gateway.terminate()
@@ -425,7 +474,7 @@ def test_a_record_that_can_not_be_written_fails_no_backup(gateway: Gateway) -> N
         '{"failed_at": 99999999999999999}',
         "\\xff",
         "[]",
-        '{"begun_at": 1, "partial": "a\\u0000b"}',
+        '{"has_failed": "yes"}',
     ],
 )
 def test_a_record_that_is_broken_is_none(gateway: Gateway, text: str) -> None:
