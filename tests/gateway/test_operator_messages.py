@@ -342,6 +342,21 @@ def test_a_backup_that_fails_and_one_that_succeeds(make_gateway: MakeGateway, ho
     wait_for(hook, "backup.failed", "backup.made")
 
 
+def test_what_waits_without_a_webhook_is_no_alarm(make_gateway: MakeGateway) -> None:
+    gateway = watched(make_gateway, None).start()
+    gateway.new_key()
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute(
+            "INSERT INTO webhook_messages (id, type, data, created_at)"
+            " SELECT 'msg_1', 'account.closing', '{}', max(started_at) FROM runs"
+        )
+        database.commit()
+    gateway.start()
+    settled(gateway)
+    assert gateway.metrics()["redbtc_webhook_waiting"] == 0
+
+
 # The command `db backup`, which stays where it copies the database.
 STUCK = """
 import sys, time
