@@ -264,6 +264,33 @@ def test_a_disk_that_is_nearly_full(make_gateway: MakeGateway, hook: Hook) -> No
     assert wait_for(hook, "disk.low", "disk.room").content["data"]["free_bytes"] == 300 << 20
 
 
+def test_a_disk_is_told_before_hundreds_of_other_messages(
+    make_gateway: MakeGateway, hook: Hook
+) -> None:
+    """Each of which takes long."""
+    gateway = watched(make_gateway, hook).start()
+    gateway.new_key()
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.executemany(
+            "INSERT INTO webhook_messages (id, type, data, created_at)"
+            " SELECT ?, 'key.expiring', '{}', max(started_at) FROM runs",
+            [(f"msg_{number}",) for number in range(60)],
+        )
+        database.commit()
+
+    def accept_slowly(_: str) -> int:
+        time.sleep(0.3)
+        return 204
+
+    hook.answer = accept_slowly
+    gateway.start()
+    wait_until(lambda: len(hook.accepted) > 1)
+    set_file(gateway, "disk", f"{1 << 40} 1000000")
+    wait_until(lambda: "disk.low" in kinds(hook))
+    assert len(hook.accepted) < 30
+
+
 def test_a_disk_that_is_full_at_once(make_gateway: MakeGateway, hook: Hook) -> None:
     """Both messages get out although nothing can be committed."""
     gateway = watched(make_gateway, hook).start()
