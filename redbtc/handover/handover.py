@@ -68,6 +68,7 @@ class Handover:
         if joining:
             if joining.admin_listener is not None:
                 admin_server.take(joining.admin_listener)
+            joining.stop_reporting()
             for channel in joining.take_channels():
                 predecessors.add(channel)
             self._serving_moved = asyncio.create_task(joining.serve_moved(server.adopt))
@@ -166,3 +167,7 @@ class Handover:
         """Tell the process that serves what is left to tell, before this one ends."""
         if self._successor:
             await self._successor.finish()
+            if self._successor.needs_restart:
+                # It says that it is ready once it has migrated the ledger. Until then, systemd
+                # would take the end of this process for that of the service.
+                notify(f"MAINPID={self._successor.pid}")
