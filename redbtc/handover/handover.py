@@ -149,9 +149,11 @@ class Handover:
             before, after = restart.schema_before, restart.schema_after
             log(logging.WARNING, "restarting", schema_before=before, schema_after=after)
             await successor.hand_over_at_the_end()
+            notify(f"MAINPID={successor.pid}")  # before this process, which it is now, ends
+            log(logging.INFO, "handed over", pid=successor.pid)
         else:
-            await successor.hand_over()
-        log(logging.INFO, "handed over", pid=successor.pid)
+            waited = await successor.hand_over()
+            log(logging.INFO, "handed over", pid=successor.pid, paused_ms=round(waited * 1000))
         self._successor = successor
         self._following = asyncio.create_task(successor.follow(), name="successor")
         seconds = RESTART_SECONDS if restart else None
@@ -167,7 +169,3 @@ class Handover:
         """Tell the process that serves what is left to tell, before this one ends."""
         if self._successor:
             await self._successor.finish()
-            if self._successor.needs_restart:
-                # It says that it is ready once it has migrated the ledger. Until then, systemd
-                # would take the end of this process for that of the service.
-                notify(f"MAINPID={self._successor.pid}")
