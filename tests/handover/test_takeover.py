@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import time
 from typing import Any
 
 import httpx2
 import pytest
 
 from tests.handover.test_reload import RESPONSE, STREAM, held_until
-from tests.helpers.gateway import Gateway, MakeGateway, wait_until
+from tests.helpers.gateway import Gateway, MakeGateway, toml, wait_until
 from tests.helpers.reloading import reload
 from tests.helpers.upstream import (
     Received,
@@ -20,6 +21,7 @@ from tests.helpers.upstream import (
     json_answer,
     response_object,
 )
+from tests.helpers.webhook import SECRET, receiving
 
 pytestmark = pytest.mark.promise_4
 
@@ -250,3 +252,41 @@ def test_metrics_go_on_and_count_what_the_old_process_finishes(
         stream.finish()
     wait_until(lambda: gateway.metrics()[name] == 3)
     assert gateway.metrics()['redbtc_request_seconds_count{route="/v1/responses"}'] == 3
+
+
+def test_the_webhook_is_not_told_that_an_outage_is_over(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """The new process knows of it, as the old one did, and tells when it is over."""
+
+    async def fail(request: Received, reply: Reply) -> None:
+        status = 500 if request.header("authorization") == "Bearer bad" else 200
+        await json_answer(response_object(), status)(request, reply)
+
+    upstream.script = fail
+    names = {"bad": 1, "good": 2}
+    upstreams = [
+        {"name": name, "base_url": upstream.url, "api_key_env": name.upper(), "priority": number}
+        for name, number in names.items()
+    ]
+    with receiving() as hook:
+        billing = f'[billing]\nunpriced_models = "free"\n{hook.settings()}'
+        gateway = make_gateway(
+            f"{billing}{toml({'upstreams': upstreams})}", BAD="bad", GOOD="good", HOOK_SECRET=SECRET
+        ).start()
+        key = gateway.new_key()
+        for _ in range(6):
+            assert post(gateway, key).status_code == 200
+        wait_until(lambda: [each.told for each in hook.accepted] == [("upstream.out", "bad")])
+        for _ in range(2):
+            reload(gateway)
+            assert gateway.metrics()['redbtc_upstream_state{state="out",upstream="bad"}'] == 1
+        assert gateway.run("upstream", "resume", "bad").returncode == 0
+        wait_until(lambda: len(hook.accepted) > 1)
+        time.sleep(0.5)
+        told = [(*each.told, each.content["data"]["reason"]) for each in hook.accepted]
+        assert told == [
+            ("upstream.out", "bad", told[0][2]),
+            ("upstream.back", "bad", told[1][2]),
+        ]
+        assert told[1][2] != "restarted"
