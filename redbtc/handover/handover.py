@@ -127,8 +127,9 @@ class Handover:
         self._reloading = asyncio.create_task(self._reload(self._parts), name="reload")
         try:
             return await asyncio.shield(self._reloading)
-        except (NotTakenOver, Conflict):
-            notify("READY=1")
+        except BaseException:  # also one that nobody has thought of: systemd would wait for ever
+            if not self.is_over:
+                notify("READY=1")
             raise
         finally:
             if self._reloading.done():

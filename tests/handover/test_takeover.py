@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import socket
 import sqlite3
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
 from tests.handover.test_reload import RESPONSE, STREAM, held_until
-from tests.helpers.gateway import Gateway, MakeGateway, toml, wait_until
+from tests.helpers.gateway import ROOT, Gateway, MakeGateway, toml, wait_until
 from tests.helpers.reloading import reload
 from tests.helpers.upstream import (
     Received,
@@ -252,6 +256,42 @@ def test_metrics_go_on_and_count_what_the_old_process_finishes(
         stream.finish()
     wait_until(lambda: gateway.metrics()[name] == 3)
     assert gateway.metrics()['redbtc_request_seconds_count{route="/v1/responses"}'] == 3
+
+
+NO_FILES = f"""
+import errno, sys
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.handover import successor
+
+def new_turns(folder):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+successor.new_turns = new_turns
+"""
+
+
+def test_without_descriptors_nothing_has_begun(make_gateway: MakeGateway, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        gateway = make_gateway(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        gateway.prelude = NO_FILES
+        gateway.start()
+        done = gateway.run("reload")
+        assert (done.returncode, done.stderr) == (
+            1,
+            "Error: can't hand over the files: Too many open files\n",
+        )
+        gateway.signal(signal.SIGUSR2)
+        gateway.wait_for_log('"not reloaded"')
+        assert psutil.Process(gateway.pid).children() == []
+        systemd.settimeout(5)
+        told: list[str] = []
+        while told.count("READY=1") < 3:
+            told += systemd.recv(4096).decode().partition("\n")[:1]
+        assert [each for each in told if not each.startswith("STATUS")] == [
+            "READY=1",
+            *["RELOADING=1", "READY=1"] * 2,
+        ]
 
 
 def test_the_webhook_is_not_told_that_an_outage_is_over(
