@@ -590,6 +590,20 @@ def test_each_key_that_expires_soon_is_told_once(make_gateway: MakeGateway, hook
     assert key_notices(gateway) == []
 
 
+def test_a_key_whose_replacement_was_revoked_is_told(make_gateway: MakeGateway, hook: Hook) -> None:
+    gateway = watched(make_gateway, hook).start()
+    gateway.api("POST", "/accounts", {"name": "ada"})
+    old = gateway.api("POST", "/accounts/ada/keys", {"label": "laptop"})["id"]
+    new = gateway.api("POST", f"/keys/{old}/rotate", {"overlap": "24h"})["id"]
+    gateway.terminate()
+    expires_in(gateway, old, 3)
+    gateway.start()
+    settled(gateway)
+    assert not hook.posts
+    gateway.api("POST", f"/keys/{new}/revoke", {})
+    assert wait_for(hook, "key.expiring").content["data"]["key_id"] == old
+
+
 def test_an_account_is_told_of_its_keys_without_a_webhook(make_gateway: MakeGateway) -> None:
     gateway = watched(make_gateway, None).start()
     gateway.api("POST", "/accounts", {"name": "ada"})
