@@ -150,11 +150,12 @@ class Handover:
             before, after = restart.schema_before, restart.schema_after
             log(logging.WARNING, "restarting", schema_before=before, schema_after=after)
             await successor.hand_over_at_the_end()
-            notify(f"MAINPID={successor.pid}")  # before this process, which it is now, ends
             log(logging.INFO, "handed over", pid=successor.pid)
         else:
             waited = await successor.hand_over()
             log(logging.INFO, "handed over", pid=successor.pid, paused_ms=round(waited * 1000))
+        # Before this process, which it is now, ends, and before a command asks systemd for a stop.
+        notify(f"MAINPID={successor.pid}")
         self._successor = successor
         self._following = asyncio.create_task(successor.follow(), name="successor")
         seconds = RESTART_SECONDS if restart else None
