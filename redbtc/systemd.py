@@ -103,7 +103,9 @@ async def report_status(status: Callable[[], Awaitable[str]]) -> None:
         now = await status()
         lines = ["WATCHDOG=1"] if watchdog else []
         if now != said:
-            lines.append(f"STATUS={now}")
+            lines.append(
+                f"STATUS={' '.join(now.splitlines())}"
+            )  # a second line would not be the status
         if lines and notify(*lines):
             said = now
         await asyncio.sleep(seconds)

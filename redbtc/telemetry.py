@@ -109,6 +109,7 @@ class Log:
 LOG = Log()
 # Events since the start, by level, of those that an operator should look at; logged or not.
 NOTED = dict.fromkeys((logging.WARNING, logging.ERROR, logging.CRITICAL), 0)
+LOG_EVENTS = "log events"  # their name where another process goes on with the numbers
 
 
 def log(level: int, event: str, **fields: Any) -> None:
@@ -198,6 +199,15 @@ class Telemetry:
             ["route", "status", "outcome"],
             self._requests,
         )
+        yield CounterMetricFamily(  # without labels, so that it is there before the first one
+            "redbtc_internal_errors",
+            "Requests on which the gateway failed",
+            sum(
+                count
+                for (_, status, outcome), count in self._requests.items()
+                if (status, outcome) == ("500", "refused")
+            ),
+        )
         yield counter_of(
             "redbtc_refusals",
             "Requests refused by the gateway, by error code",
@@ -231,16 +241,23 @@ class Telemetry:
             for name, counter in self._counters.items()
             for labels, count in counter.items()
         }
-        return counts | {
-            (name, *labels): histogram.numbers
-            for name, histograms in self._histograms.items()
-            for labels, histogram in histograms.items()
-        }
+        noted = {(LOG_EVENTS, str(level)): [float(count)] for level, count in NOTED.items()}
+        return (
+            counts
+            | noted
+            | {
+                (name, *labels): histogram.numbers
+                for name, histograms in self._histograms.items()
+                for labels, histogram in histograms.items()
+            }
+        )
 
     def add(self, numbers: MetricNumbers) -> None:
         """Add what another process has counted. Metrics of another version are left out."""
         for (name, *labels), values in numbers.items():
-            if name in self._counters:
+            if name == LOG_EVENTS:
+                NOTED[int(labels[0])] += int(values[0])
+            elif name in self._counters:
                 self._counters[name][tuple(labels)] += int(values[0])
             elif name in self._histograms:
                 self._histograms[name][tuple(labels)].add(values)

@@ -225,6 +225,13 @@ def test_the_watchdog_hears_from_a_ledger_that_fails(
     assert 5 < len(messages) <= 35
 
 
+def test_a_status_can_say_nothing_else(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reason can be a text of another program."""
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    asyncio.run(report_for(0.3, ["full\nMAINPID=1\rdisk"]))
+    assert manager.received() == [["STATUS=full MAINPID=1 disk"]]
+
+
 def test_the_watchdog_hears_nothing_where_no_status_comes(
     manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:

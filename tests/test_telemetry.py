@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from redbtc.telemetry import UNEXPECTED
+from redbtc.telemetry import NOTED, UNEXPECTED, Telemetry
 from redbtc.usage import RequestRow
 from tests.helpers.gateway import ROOT
 from tests.helpers.log_events import documented_events, undocumented
@@ -110,3 +110,12 @@ def test_a_line_that_the_page_does_not_describe_is_found() -> None:
     assert undocumented(line.replace("info", "error"))
     assert undocumented(line.replace('"in_flight":0', '"in_flight":0,"also":1'))
     assert undocumented(line.replace(',"in_flight":0', ""))
+
+
+def test_the_log_of_a_process_before_is_counted() -> None:
+    """What it has logged, and what it logs until it ends."""
+    before, telemetry = dict(NOTED), Telemetry()
+    assert telemetry.numbers["log events", "50"] == [NOTED[50]]
+    telemetry.add({("log events", "50"): [2.0], ("log events", "30"): [1.0]})
+    assert {30: before[30] + 1, 40: before[40], 50: before[50] + 2} == NOTED
+    NOTED.update(before)

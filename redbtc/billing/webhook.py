@@ -80,7 +80,8 @@ async def post_all(billing: Billing, log: LogFunction) -> bool:
     """Post all messages that have not been accepted. Return whether none is left. What follows a
     message about the same subject that is not accepted must not overtake it: it waits, too. While
     the ledger can't commit, only messages in memory are posted: of others, it could not be noted
-    that they were delivered."""
+    that they were delivered. Messages about the gateway wait for no others: there may be hundreds,
+    and the webhook may be slow."""
     messages = billing.messages
     webhook = messages.webhook
     if webhook is None:
@@ -93,6 +94,7 @@ async def post_all(billing: Billing, log: LogFunction) -> bool:
     waiting = [each for each in await messages.waiting() if each.id not in messages.sent_unstored]
     if not waiting:
         return True
+    waiting.sort(key=lambda each: subject_of(each.type, each.data) is None)
     async with webhook_client() as client:
         for message in waiting:
             subject = subject_of(message.type, message.data)
@@ -102,6 +104,8 @@ async def post_all(billing: Billing, log: LogFunction) -> bool:
             answer = await post(client, webhook, message.id, body)
             log_answer(message.id, answer, log)
             await messages.note_answer(message.id, answer)
+            if answer.delivered and messages.wakeup.is_set():
+                return False  # what was added meanwhile may be about the gateway
             if subject and not answer.delivered:
                 failed.add(subject)
     return not await messages.waiting()
@@ -168,5 +172,7 @@ async def post_for_ever(billing: Billing, log: LogFunction) -> None:
         done = False
         with contextlib.suppress(sqlite3.Error, StorageUnavailable):
             done = await post_all(billing, log)
+        if wakeup.is_set():
+            continue
         longest = MAX_UNSTORED_RETRY_SECONDS if billing.messages.unstored else MAX_RETRY_SECONDS
         pause = None if done else min(longest, max(1.0, 2 * (pause or 0.0)))

@@ -146,13 +146,13 @@ def settings_with_secrets(loaded: LoadedSettings) -> Iterator[str]:
 def warnings_of_backups(loaded: LoadedSettings) -> Iterator[str]:
     """Warn of a backup that failed, and of none in the last days."""
     path = loaded.database_path
-    record = read_backup_record(path).as_found()
+    record, now = read_backup_record(path), now_ms()
     first = next((started for (started,) in rows_of(path, FIRST_START) if started), None)
-    last = record.succeeded_at or first
-    if last and now_ms() - last > MAX_BACKUP_DAYS * DAY:
+    last = record.good_at(now) or first
+    if last and now - last > MAX_BACKUP_DAYS * DAY:
         when = iso_time(record.succeeded_at) or "never"
         yield (
-            f"no backup for {(now_ms() - last) // DAY} days (last: {when}): run db backup, and let "
+            f"no backup for {(now - last) // DAY} days (last: {when}): run db backup, and let "
             "a timer do so every day"
         )
     if record.has_failed:

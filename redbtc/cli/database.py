@@ -16,8 +16,8 @@ from redbtc.errors import UserError
 from redbtc.store.backup import back_up, plain_errors, restore
 from redbtc.store.backup_record import (
     note_backup,
-    note_begun_backup,
     note_failed_backup,
+    noting_backup,
     record_file,
 )
 from redbtc.store.consistency import CHECKS
@@ -71,15 +71,15 @@ def db_backup(
     os.nice(MAX_NICENESS)  # the gateway comes first
     database = context.loaded.database_path
     refuse_newer(database)  # of which nothing is touched
-    try:
-        note_begun_backup(database, path)
-        made = back_up(database, path, keep, with_request_log=with_request_log)
-    except UserError as error:
-        with contextlib.suppress(OSError, UserError):  # one line says what is wrong
-            note_failed_backup(database, str(error))
-        raise
-    with recording(database):
-        note_backup(database, made)
+    with noting_backup(database):
+        try:
+            made = back_up(database, path, keep, with_request_log=with_request_log)
+        except UserError as error:
+            with contextlib.suppress(OSError, UserError):  # one line says what is wrong
+                note_failed_backup(database, str(error))
+            raise
+        with recording(database):
+            note_backup(database, made)
     text = "Backup {path}: {bytes} bytes, {requests} requests, schema {schema}, in {seconds} s."
     lines = [text.format(**made._asdict())]
     if with_request_log:

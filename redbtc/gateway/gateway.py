@@ -103,10 +103,12 @@ class Gateway:
         """Take up what an earlier process has left, but not the background responses that another
         process still follows. Raises StorageUnavailable, sqlite3.Error."""
         await self.background.resume(followed)
-        members = {each.name: each.usable for each in self.upstreams}
+        outages = self.upstreams.outages()  # that the process before this one has found
+        members = {each.name: each.usable and each.name not in outages for each in self.upstreams}
         for rest in await self.journal.resume(members):
             seconds = (rest.until - self.store.time()) / 1000
             self.upstreams.restore(rest.upstream, rest.model, seconds, rest.reason)
+        self.journal.go_on_with({name: each.reason for name, each in outages.items()})
         self.upstreams.let_last_serve()
 
     def apply(self, settings: Settings) -> None:

@@ -120,11 +120,12 @@ def disk_finding(database: Path, room: DiskRoom, is_low: bool) -> Finding:
 def backup_finding(record: BackupRecord, first_start: int) -> Finding:
     """Return whether the last backup succeeded, and is not too old. `first_start` is when a gateway
     started with this database for the first time, in milliseconds."""
-    succeeded_at = record.succeeded_at
+    now = now_ms()
+    good_at, succeeded_at = record.good_at(now), record.succeeded_at
     last = (
         f"the last good one is from {iso_time(succeeded_at)}" if succeeded_at else "there is none"
     )
-    if now_ms() - max(succeeded_at or 0, first_start) > MAX_BACKUP_DAYS * DAY:
+    if now - max(good_at or 0, first_start) > MAX_BACKUP_DAYS * DAY:
         days = MAX_BACKUP_DAYS
         kind, text = "backup.overdue", f"No backup was made for {days} days: {last}. Run db backup."
     elif record.has_failed:

@@ -90,12 +90,12 @@ class OperatorMetrics:
         yield gauge(
             "redbtc_disk_low", "1 while the database's disk is nearly full", watch.low_disk.holds
         )
-        record = watch.backups.record
-        if last := record.succeeded_at or watch.first_start:
+        record, now = watch.backups.record, now_ms()
+        if last := record.good_at(now) or watch.first_start:
             yield gauge(
                 "redbtc_backup_age_seconds",
                 "Age of the last good backup; if there is none, time since the first start",
-                max(0, now_ms() - last) / 1000,
+                max(0, now - last) / 1000,
             )
         yield gauge("redbtc_backup_failed", "1 if the last backup failed", record.has_failed)
         yield gauge(

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Iterable
 
 from redbtc.gateway.gateway import Gateway
 from redbtc.telemetry import log, shown_error
@@ -33,12 +34,13 @@ async def write_unpriced_for_ever(gateway: Gateway) -> None:
         if not gateway.store.healthy or not (unpriced.asked or now - looked_at > PRUNE_SECONDS):
             continue
         try:
-            offered = all(is_offered(gateway, model) for model in unpriced.asked)
-            if not offered and now - listed_at > LIST_SECONDS:
+            if now - listed_at > LIST_SECONDS and unpriced.asked - offered(
+                gateway.upstreams, unpriced.asked
+            ):
                 listed_at = now
                 await ask_for_lists(gateway)
             looked_at = now
-            await unpriced.write(lambda model: is_offered(gateway, model))
+            await unpriced.write(offered(gateway.upstreams, unpriced.asked).__contains__)
         except Exception as error:  # whatever it is, it must not end the gateway
             log(logging.WARNING, "refused models not written", **shown_error(error))
 
@@ -51,9 +53,16 @@ async def ask_for_lists(gateway: Gateway) -> None:
             await asyncio.gather(*(each.models() for each in usable), return_exceptions=True)
 
 
-def is_offered(gateway: Gateway, model: str) -> bool:
-    """Return whether an upstream offers a model."""
-    return any(offers(upstream, model) for upstream in gateway.upstreams)
+def offered(upstreams: Iterable[Upstream], models: set[str]) -> set[str]:
+    """Return the models that an upstream offers. There may be a thousand, and lists as long: each
+    list is read once."""
+    found: set[str] = set()
+    for upstream in upstreams:
+        if listed := upstream.listed:
+            found |= models.intersection(listed)
+        else:
+            found |= {each for each in models - found if offers(upstream, each)}
+    return found
 
 
 def offers(upstream: Upstream, model: str) -> bool:

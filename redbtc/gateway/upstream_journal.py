@@ -57,7 +57,7 @@ class UpstreamJournal:
 
     async def resume(self, members: Mapping[str, bool]) -> list[UpstreamRest]:
         """Return the rests that a restart has interrupted, of the members that there still are.
-        `members` are their names, and whether each is usable. Raises StorageUnavailable."""
+        `members` are their names, and whether each can serve. Raises StorageUnavailable."""
         rests = [each for each in await read_rests(self._store) if each.upstream in members]
         whole = [each for each in rests if not each.model]
         await self._messages.resume(members, {each.upstream for each in whole})
@@ -66,6 +66,12 @@ class UpstreamJournal:
             change = UpstreamChange(upstream, "resting", "up", reason, "", seconds, "")
             self._messages.note(change, until)
         return rests
+
+    def go_on_with(self, outages: Mapping[str, str]) -> None:
+        """Go on with the outages of another process, given as reasons by member: the webhook may
+        not have been told of them yet."""
+        for upstream, reason in outages.items():
+            self._messages.note(UpstreamChange(upstream, "out", "up", reason, "", None, ""), None)
 
     def forget_rests_but(self, before: Mapping[str, object], after: Mapping[str, object]) -> None:
         """Forget the rests of members that are gone or whose health is another one than before:

@@ -60,7 +60,7 @@ class UpstreamMessages:
 
     async def resume(self, members: Mapping[str, bool], resting: Collection[str]) -> None:
         """Go on after a restart: tell of each outage that was told before and is over. `members`
-        are the names of all members, and whether each is usable; `resting` are those that rest for
+        are the names of all members, and whether each can serve; `resting` are those that rest for
         all models. Raises StorageUnavailable."""
         loop, now = asyncio.get_running_loop(), self._now()
         for upstream, sent_at in (await self._messages.outages_sent()).items():

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from redbtc.store.upstream_changes import UpstreamState
 from redbtc.upstream.configured import Upstreams
+from redbtc.upstream.health import QUOTA
 from redbtc.upstream.health_report import rejects_key
 
 
@@ -44,8 +45,14 @@ class UpstreamMetrics:
             for state in get_args(UpstreamState):
                 states.add_metric([each.name, state], health.state == state)
             attempts.add_metric([each.name], health.past.attempts)
-            for reason, count in health.past.failures.items():
+            # A counter that begins with 1 has not increased, for Prometheus.
+            for reason, count in ({QUOTA: 0} | health.past.failures).items():
                 failures.add_metric([each.name, reason], count)
             rejected.add_metric([each.name], rejects_key(health))
             in_flight.add_metric([each.name], health.in_flight)
+        yield GaugeMetricFamily(
+            "redbtc_upstreams_available",
+            "1 while an upstream can take requests for some model",
+            self._upstreams.can_serve(),
+        )
         yield from (states, attempts, failures, rejected, in_flight)

@@ -80,6 +80,7 @@ class Watch:
         now = store.time()
         row = await store.one(COUNT_EXPIRING, (now, now + EXPIRING_SOON_DAYS * DAY, 0))
         self.keys_expiring = row["count"] if row else 0
-        self.messages_waiting = await self._messages.count_waiting()
+        messages = self._messages  # of accounts' messages, some wait without a webhook as well
+        self.messages_waiting = await messages.count_waiting() if messages.webhook else 0
         if store.healthy:
             await tell_of_expiring_keys(store, self._messages)

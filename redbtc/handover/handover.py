@@ -68,6 +68,7 @@ class Handover:
         if joining:
             if joining.admin_listener is not None:
                 admin_server.take(joining.admin_listener)
+            joining.stop_reporting()
             for channel in joining.take_channels():
                 predecessors.add(channel)
             self._serving_moved = asyncio.create_task(joining.serve_moved(server.adopt))
@@ -126,8 +127,9 @@ class Handover:
         self._reloading = asyncio.create_task(self._reload(self._parts), name="reload")
         try:
             return await asyncio.shield(self._reloading)
-        except (NotTakenOver, Conflict):
-            notify("READY=1")
+        except BaseException:  # also one that nobody has thought of: systemd would wait for ever
+            if not self.is_over:
+                notify("READY=1")
             raise
         finally:
             if self._reloading.done():
@@ -152,6 +154,8 @@ class Handover:
         else:
             waited = await successor.hand_over()
             log(logging.INFO, "handed over", pid=successor.pid, paused_ms=round(waited * 1000))
+        # Before this process, which it is now, ends, and before a command asks systemd for a stop.
+        notify(f"MAINPID={successor.pid}")
         self._successor = successor
         self._following = asyncio.create_task(successor.follow(), name="successor")
         seconds = RESTART_SECONDS if restart else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -19,7 +20,7 @@ from redbtc.handover.predecessors import Adopt, PredecessorChannel, earlier_chan
 from redbtc.release import RELEASE
 from redbtc.store.opening import JoinedFiles, SchemaChanges
 from redbtc.store.trial import try_migration
-from redbtc.systemd import notify
+from redbtc.systemd import report_status
 
 
 class Joining:
@@ -36,6 +37,7 @@ class Joining:
         self.turns: int | None = None
         self._moved: list[tuple[int, bytes]] = []
         self._channels: list[PredecessorChannel] = []
+        self._reporting: asyncio.Task[None] | None = None  # to systemd, until this process serves
 
     @classmethod
     async def begin(cls, database: Path) -> Joining | None:
@@ -79,7 +81,7 @@ class Joining:
         os.close(self.turns)  # the store has closed the others
         self.files = self.turns = None
         self._speak()
-        notify(f"MAINPID={os.getpid()}")  # before the other process, which it is now, ends
+        self._reporting = asyncio.create_task(report_status(migrating), name="systemd")
         with contextlib.suppress(ChannelClosed):
             while True:
                 message, files = await self._channel.receive()
@@ -116,6 +118,11 @@ class Joining:
         os.dup2(self._stderr, 2)
         os.close(self._stderr)
 
+    def stop_reporting(self) -> None:
+        """Leave it to the service to tell systemd that this process works."""
+        if self._reporting:
+            self._reporting.cancel()
+
     def take_channels(self) -> list[PredecessorChannel]:
         """Return the channels to the processes that still finish their requests."""
         channels, self._channels = self._channels, []
@@ -126,6 +133,11 @@ class Joining:
         moved, self._moved = self._moved, []
         for file, received in moved:
             await adopt(file, received)
+
+
+async def migrating() -> str:
+    """Return the state of a process that does not serve yet, for systemd."""
+    return "Waiting for the process before this one, and migrating the ledger"
 
 
 def gone() -> UserError:

@@ -71,31 +71,20 @@ class Successor:
 
     async def start(self) -> None:
         """Start the process, and wait until it is ready. Raises NotTakenOver."""
-        own, other = socket.socketpair()
         try:
-            self._child = await asyncio.to_thread(Child, other)
+            offer, files = self._offer()
         except OSError as error:
-            own.close()
+            raise NotTakenOver(f"can't hand over the files: {error.strerror}") from None
+        try:
+            own, other = socket.socketpair()
+            with contextlib.closing(other), contextlib.ExitStack() as undo:
+                undo.callback(own.close)
+                self._child = await asyncio.to_thread(Child, other)
+                undo.pop_all()
+        except OSError as error:
+            self._close_files()
             raise NotTakenOver(f"can't start a new process: {error.strerror}") from None
-        finally:
-            other.close()
         self._channel = Channel(own)
-        store = self._gateway.store
-        self._listeners = [each.dup() for each in self._parts.server.listeners]
-        admin = self._parts.admin_server.listener
-        if self._parts.turns is None:
-            self._turns = new_turns(str(store.path.parent))
-        else:
-            self._turns = self._parts.turns
-        files = [*store.locks, self._turns, *(each.fileno() for each in self._listeners)]
-        if admin is not None:
-            files.append(admin)
-        offer = Offer(
-            database=str(store.path),
-            listeners=len(self._listeners),
-            has_admin=admin is not None,
-            are_activated=self._parts.are_activated,
-        )
         async with self._ended_on_failure(START_SECONDS, "it was not ready"):
             await self._channel.send(offer, files)
             answer, _ = await self._channel.receive()
@@ -105,6 +94,36 @@ class Successor:
             self.needs_restart = answer
         else:
             self.version = answer.version
+
+    def _offer(self) -> tuple[Offer, list[int]]:
+        """Open what the process gets, and return the message and the files. Raises OSError."""
+        parts, store = self._parts, self._gateway.store
+        with contextlib.ExitStack() as undo:
+            if parts.turns is None:
+                self._turns = new_turns(str(store.path.parent))
+                undo.callback(os.close, self._turns)
+            else:
+                self._turns = parts.turns
+            dups = (contextlib.closing(each.dup()) for each in parts.server.listeners)
+            self._listeners = [undo.enter_context(each) for each in dups]
+            undo.pop_all()
+        admin = parts.admin_server.listener
+        files = [*store.locks, self._turns, *(each.fileno() for each in self._listeners)]
+        if admin is not None:
+            files.append(admin)
+        offer = Offer(
+            database=str(store.path),
+            listeners=len(self._listeners),
+            has_admin=admin is not None,
+            are_activated=parts.are_activated,
+        )
+        return offer, files
+
+    def _close_files(self) -> None:
+        for each in self._listeners:
+            each.close()
+        if self._parts.turns is None:
+            os.close(self._turns)
 
     @contextlib.asynccontextmanager
     async def _ended_on_failure(self, seconds: float, what: str) -> AsyncIterator[None]:
@@ -131,10 +150,7 @@ class Successor:
             return ""
         self._is_abandoned = True
         self._channel.close()
-        for each in self._listeners:
-            each.close()
-        if self._parts.turns is None:
-            os.close(self._turns)
+        self._close_files()
         return await asyncio.to_thread(self._child.end)
 
     # Handing over

@@ -25,7 +25,7 @@ from redbtc.billing.unpriced_models import (
 )
 from redbtc.billing.webhook_messages import WebhookMessages
 from redbtc.config import BillingSettings
-from redbtc.gateway.unpriced import offers
+from redbtc.gateway.unpriced import offered, offers
 from redbtc.store.database import Store
 from tests.dashboard.pages import cells
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
@@ -237,3 +237,19 @@ def test_a_name_must_be_in_a_list_or_match_more_than_a_wildcard(
         serves=lambda name: matches(name, patterns),
     )
     assert offers(upstream, model) == is_offered
+    assert offered([upstream], {model, "other"}) == ({model} if is_offered else set())
+
+
+def test_long_lists_are_read_once_for_all_names() -> None:
+    class Listing:
+        reads = 0
+
+        @property
+        def listed(self) -> list[str]:
+            self.reads += 1
+            return ["gpt-1", "gpt-2"]
+
+    upstreams: Any = [Listing(), Listing()]
+    names = {f"gpt-{number}" for number in range(1000)}
+    assert offered(upstreams, names) == {"gpt-1", "gpt-2"}
+    assert [each.reads for each in upstreams] == [1, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -263,6 +264,33 @@ def test_a_disk_that_is_nearly_full(make_gateway: MakeGateway, hook: Hook) -> No
     assert wait_for(hook, "disk.low", "disk.room").content["data"]["free_bytes"] == 300 << 20
 
 
+def test_a_disk_is_told_before_hundreds_of_other_messages(
+    make_gateway: MakeGateway, hook: Hook
+) -> None:
+    """Each of which takes long."""
+    gateway = watched(make_gateway, hook).start()
+    gateway.new_key()
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.executemany(
+            "INSERT INTO webhook_messages (id, type, data, created_at)"
+            " SELECT ?, 'key.expiring', '{}', max(started_at) FROM runs",
+            [(f"msg_{number}",) for number in range(60)],
+        )
+        database.commit()
+
+    def accept_slowly(_: str) -> int:
+        time.sleep(0.3)
+        return 204
+
+    hook.answer = accept_slowly
+    gateway.start()
+    wait_until(lambda: len(hook.accepted) > 1)
+    set_file(gateway, "disk", f"{1 << 40} 1000000")
+    wait_until(lambda: "disk.low" in kinds(hook))
+    assert len(hook.accepted) < 30
+
+
 def test_a_disk_that_is_full_at_once(make_gateway: MakeGateway, hook: Hook) -> None:
     """Both messages get out although nothing can be committed."""
     gateway = watched(make_gateway, hook).start()
@@ -341,6 +369,21 @@ def test_a_backup_that_fails_and_one_that_succeeds(make_gateway: MakeGateway, ho
     wait_for(hook, "backup.failed", "backup.made")
 
 
+def test_what_waits_without_a_webhook_is_no_alarm(make_gateway: MakeGateway) -> None:
+    gateway = watched(make_gateway, None).start()
+    gateway.new_key()
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute(
+            "INSERT INTO webhook_messages (id, type, data, created_at)"
+            " SELECT 'msg_1', 'account.closing', '{}', max(started_at) FROM runs"
+        )
+        database.commit()
+    gateway.start()
+    settled(gateway)
+    assert gateway.metrics()["redbtc_webhook_waiting"] == 0
+
+
 # The command `db backup`, which stays where it copies the database.
 STUCK = """
 import sys, time
@@ -372,6 +415,54 @@ def test_a_backup_that_is_killed_has_failed(make_gateway: MakeGateway, hook: Hoo
     gateway.restart()
     assert gateway.run("db", "backup", target).returncode == 0
     wait_for(hook, "backup.failed", "backup.made")
+
+
+def test_a_disk_of_backups_that_does_not_answer_holds_up_no_gateway(
+    make_gateway: MakeGateway, hook: Hook
+) -> None:
+    """Opening the unfinished backup would not return. Its folder may also be closed to the
+    gateway's user."""
+    gateway = watched(make_gateway, hook).start()
+    gateway.new_key()
+    target = f"{gateway.folder}/b.db"
+    arguments = ["--config", str(gateway.config), "db", "backup", target]
+    command = [sys.executable, "-c", STUCK, str(ROOT), *arguments]
+    with subprocess.Popen(command, cwd=gateway.folder) as backup:
+        wait_until(lambda: Path(f"{target}.partial").exists())
+        Path(f"{target}.partial").unlink()
+        os.mkfifo(f"{target}.partial")
+        settled(gateway)
+        assert gateway.get("/healthz").status_code == 200
+        assert not hook.posts, "it runs"
+        backup.kill()
+    wait_for(hook, "backup.failed")
+
+
+def test_a_clock_that_was_ahead_at_a_backup_hides_nothing_later(
+    make_gateway: MakeGateway, hook: Hook
+) -> None:
+    gateway = watched(make_gateway, hook).start()
+    gateway.new_key()
+    assert gateway.run("db", "backup", f"{gateway.folder}/b.db").returncode == 0
+    ahead = record(gateway)
+    ahead["succeeded_at"] += 1000 * DAY
+    ahead["failed_at"] = ahead["succeeded_at"] + DAY
+    set_file(gateway, "redbtc.db.backups", json.dumps(ahead))
+    assert gateway.run("db", "backup", f"{gateway.folder}/missing/").returncode == 1
+    wait_for(hook, "backup.failed")
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as database:
+        database.execute("UPDATE runs SET started_at = started_at - 8 * 86400000")
+        database.commit()
+    gateway.start()
+    wait_for(hook, "backup.failed", "backup.overdue")
+    assert gateway.metrics()["redbtc_backup_age_seconds"] > 7 * 86400
+    assert "no backup for 8 days" in gateway.run("check").stdout
+    failed = {**record(gateway), "failed_at": ahead["failed_at"]}
+    set_file(gateway, "redbtc.db.backups", json.dumps(failed))
+    assert gateway.run("db", "backup", f"{gateway.folder}/b.db").returncode == 0
+    wait_for(hook, "backup.failed", "backup.overdue", "backup.made")
+    assert gateway.metrics()["redbtc_backup_failed"] == 0
 
 
 def test_a_backup_of_a_stopped_gateway_is_told_later(make_gateway: MakeGateway, hook: Hook) -> None:
@@ -425,7 +516,7 @@ def test_a_record_that_can_not_be_written_fails_no_backup(gateway: Gateway) -> N
         '{"failed_at": 99999999999999999}',
         "\\xff",
         "[]",
-        '{"begun_at": 1, "partial": "a\\u0000b"}',
+        '{"has_failed": "yes"}',
     ],
 )
 def test_a_record_that_is_broken_is_none(gateway: Gateway, text: str) -> None:
@@ -497,6 +588,20 @@ def test_each_key_that_expires_soon_is_told_once(make_gateway: MakeGateway, hook
     assert key_notices(gateway) == [(ids["soon"], data["expires_at"])], "not the earlier expiry"
     gateway.api("POST", f"/keys/{ids['soon']}/revoke", {})
     assert key_notices(gateway) == []
+
+
+def test_a_key_whose_replacement_was_revoked_is_told(make_gateway: MakeGateway, hook: Hook) -> None:
+    gateway = watched(make_gateway, hook).start()
+    gateway.api("POST", "/accounts", {"name": "ada"})
+    old = gateway.api("POST", "/accounts/ada/keys", {"label": "laptop"})["id"]
+    new = gateway.api("POST", f"/keys/{old}/rotate", {"overlap": "24h"})["id"]
+    gateway.terminate()
+    expires_in(gateway, old, 3)
+    gateway.start()
+    settled(gateway)
+    assert not hook.posts
+    gateway.api("POST", f"/keys/{new}/revoke", {})
+    assert wait_for(hook, "key.expiring").content["data"]["key_id"] == old
 
 
 def test_an_account_is_told_of_its_keys_without_a_webhook(make_gateway: MakeGateway) -> None:

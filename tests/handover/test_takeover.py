@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import socket
 import sqlite3
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
 from tests.handover.test_reload import RESPONSE, STREAM, held_until
-from tests.helpers.gateway import Gateway, MakeGateway, wait_until
+from tests.helpers.gateway import ROOT, Gateway, MakeGateway, toml, wait_until
 from tests.helpers.reloading import reload
 from tests.helpers.upstream import (
     Received,
@@ -20,6 +25,7 @@ from tests.helpers.upstream import (
     json_answer,
     response_object,
 )
+from tests.helpers.webhook import SECRET, receiving
 
 pytestmark = pytest.mark.promise_4
 
@@ -250,3 +256,77 @@ def test_metrics_go_on_and_count_what_the_old_process_finishes(
         stream.finish()
     wait_until(lambda: gateway.metrics()[name] == 3)
     assert gateway.metrics()['redbtc_request_seconds_count{route="/v1/responses"}'] == 3
+
+
+NO_FILES = f"""
+import errno, sys
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.handover import successor
+
+def new_turns(folder):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+successor.new_turns = new_turns
+"""
+
+
+def test_without_descriptors_nothing_has_begun(make_gateway: MakeGateway, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        gateway = make_gateway(NOTIFY_SOCKET=str(tmp_path / "notify"))
+        gateway.prelude = NO_FILES
+        gateway.start()
+        done = gateway.run("reload")
+        assert (done.returncode, done.stderr) == (
+            1,
+            "Error: can't hand over the files: Too many open files\n",
+        )
+        gateway.signal(signal.SIGUSR2)
+        gateway.wait_for_log('"not reloaded"')
+        assert psutil.Process(gateway.pid).children() == []
+        systemd.settimeout(5)
+        told: list[str] = []
+        while told.count("READY=1") < 3:
+            told += systemd.recv(4096).decode().partition("\n")[:1]
+        assert [each for each in told if not each.startswith("STATUS")] == [
+            "READY=1",
+            *["RELOADING=1", "READY=1"] * 2,
+        ]
+
+
+def test_the_webhook_is_not_told_that_an_outage_is_over(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """The new process knows of it, as the old one did, and tells when it is over."""
+
+    async def fail(request: Received, reply: Reply) -> None:
+        status = 500 if request.header("authorization") == "Bearer bad" else 200
+        await json_answer(response_object(), status)(request, reply)
+
+    upstream.script = fail
+    names = {"bad": 1, "good": 2}
+    upstreams = [
+        {"name": name, "base_url": upstream.url, "api_key_env": name.upper(), "priority": number}
+        for name, number in names.items()
+    ]
+    with receiving() as hook:
+        billing = f'[billing]\nunpriced_models = "free"\n{hook.settings()}'
+        gateway = make_gateway(
+            f"{billing}{toml({'upstreams': upstreams})}", BAD="bad", GOOD="good", HOOK_SECRET=SECRET
+        ).start()
+        key = gateway.new_key()
+        for _ in range(6):
+            assert post(gateway, key).status_code == 200
+        wait_until(lambda: [each.told for each in hook.accepted] == [("upstream.out", "bad")])
+        for _ in range(2):
+            reload(gateway)
+            assert gateway.metrics()['redbtc_upstream_state{state="out",upstream="bad"}'] == 1
+        assert gateway.run("upstream", "resume", "bad").returncode == 0
+        wait_until(lambda: len(hook.accepted) > 1)
+        time.sleep(0.5)
+        told = [(*each.told, each.content["data"]["reason"]) for each in hook.accepted]
+        assert told == [
+            ("upstream.out", "bad", told[0][2]),
+            ("upstream.back", "bad", told[1][2]),
+        ]
+        assert told[1][2] != "restarted"

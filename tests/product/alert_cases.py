@@ -22,8 +22,9 @@ def growing(step: float, begin: float = 0) -> str:
 WELL = {
     "up{}": constant(1),
     "redbtc_ledger_healthy{}": constant(1),
-    'redbtc_upstream_state{upstream="a",state="up"}': constant(1),
-    'redbtc_upstream_state{upstream="a",state="resting"}': constant(0),
+    "redbtc_upstreams_available{}": constant(1),
+    'redbtc_upstream_state{upstream="a",state="up"}': constant(0),
+    'redbtc_upstream_state{upstream="a",state="resting"}': constant(1),  # for one model
     'redbtc_upstream_state{upstream="a",state="out"}': constant(0),
     'redbtc_upstream_state{upstream="a",state="unusable"}': constant(0),
     'redbtc_upstream_attempts_total{upstream="a"}': growing(60),
@@ -31,10 +32,7 @@ WELL = {
     'redbtc_upstream_failures_total{upstream="a",reason="insufficient_quota"}': constant(3),
     'redbtc_upstream_failures_total{upstream="a",reason="server_error"}': growing(1),
     'redbtc_requests_total{route="/v1/responses",status="200",outcome="completed"}': growing(60),
-    'redbtc_requests_total{route="/v1/responses",status="500",outcome="refused"}': constant(1),
-    'redbtc_requests_total{route="/v1/responses",status="500",outcome="upstream_error"}': growing(
-        1
-    ),
+    "redbtc_internal_errors_total{}": constant(1),
     'redbtc_log_events_total{level="warning"}': growing(1),
     'redbtc_log_events_total{level="critical"}': constant(1),
     'redbtc_refusals_total{code="concurrency_limit_exceeded"}': growing(1),
@@ -50,6 +48,7 @@ WELL = {
     "redbtc_ledger_wal_bytes{}": constant(4 << 20),
     "redbtc_disk_low{}": constant(0),
     "redbtc_disk_free_bytes{}": growing(-(1 << 20), 100 * GIB),
+    "redbtc_disk_total_bytes{}": constant(200 * GIB),
     "redbtc_backup_failed{}": constant(0),
     "redbtc_backup_age_seconds{}": growing(60, 86400),
     "redbtc_clock_offset_seconds{}": constant(-0.1),
@@ -67,17 +66,12 @@ FAILURES = 'redbtc_upstream_failures_total{upstream="a",reason='
 CASES: dict[str, dict[str, str]] = {
     "RedBTCDown": {"up{}": constant(0)},
     "RedBTCLedgerUnhealthy": {"redbtc_ledger_healthy{}": constant(0)},
-    "RedBTCNoUpstream": {
-        'redbtc_upstream_state{upstream="a",state="up"}': constant(0),
-        'redbtc_upstream_state{upstream="a",state="resting"}': constant(1),
-    },
+    "RedBTCNoUpstream": {"redbtc_upstreams_available{}": constant(0)},
     "RedBTCUpstreamOut": {'redbtc_upstream_state{upstream="a",state="out"}': constant(1)},
     "RedBTCUpstreamKeyRejected": {'redbtc_upstream_key_rejected{upstream="a"}': constant(1)},
     "RedBTCUpstreamQuota": {FAILURES + '"insufficient_quota"}': growing(0.2)},
     "RedBTCUpstreamFailures": {FAILURES + '"server_error"}': growing(9)},
-    "RedBTCInternalErrors": {
-        'redbtc_requests_total{route="/v1/responses",status="500",outcome="refused"}': growing(0.2)
-    },
+    "RedBTCInternalErrors": {"redbtc_internal_errors_total{}": growing(0.2)},
     "RedBTCCriticalLog": {'redbtc_log_events_total{level="critical"}': growing(0.2)},
     "RedBTCFull": {'redbtc_refusals_total{code="overloaded"}': growing(9)},
     "RedBTCQueue": {"redbtc_queued{}": constant(1)},
@@ -97,6 +91,22 @@ CASES: dict[str, dict[str, str]] = {
     "RedBTCLogDropped": {"redbtc_log_lines_dropped_total{}": growing(0.1)},
     "RedBTCDescriptors": {"process_open_fds{}": constant(900)},
     "RedBTCRestarts": {"process_start_time_seconds{}": growing(300)},
+}
+
+# Alerts that the first occurrence since the start must set off, minutes before they are looked at.
+FIRST = f"0+0x95 1+0{STEADY}"
+FIRST_CASES = {
+    "RedBTCUpstreamQuota": {FAILURES + '"insufficient_quota"}': FIRST},
+    "RedBTCInternalErrors": {"redbtc_internal_errors_total{}": FIRST},
+    "RedBTCCriticalLog": {'redbtc_log_events_total{level="critical"}': FIRST},
+}
+# Other gateways that are well.
+ALSO_WELL: dict[str, dict[str, str]] = {
+    "all is well": {},
+    "a small disk": {
+        "redbtc_disk_free_bytes{}": constant(GB // 2),
+        "redbtc_disk_total_bytes{}": constant(2 * GB),
+    },
 }
 
 
@@ -121,20 +131,23 @@ def query_of(alert: str, fires: bool, at: str) -> dict[str, object]:
 
 def alert_tests(rules: str) -> dict[str, object]:
     """Return the tests for `promtool test rules`, as JSON, which is YAML. In each, one alert fires,
-    and in the first one none does."""
+    and in the first ones none does."""
     tests = [
         {
             "name": alert,
             "interval": "1m",
-            "input_series": series_of(CASES[alert]),
+            "input_series": series_of(changed),
             "promql_expr_test": [query_of(alert, True, LATE if alert == SLOWEST else "100m")],
         }
-        for alert in CASES
+        for alert, changed in (*CASES.items(), *FIRST_CASES.items())
     ]
-    well = {
-        "name": "all is well",
-        "interval": "1m",
-        "input_series": series_of({}),
-        "promql_expr_test": [query_of(each, False, LATE) for each in CASES],
-    }
-    return {"rule_files": [rules], "evaluation_interval": "1m", "tests": [well, *tests]}
+    well = [
+        {
+            "name": name,
+            "interval": "1m",
+            "input_series": series_of(changed),
+            "promql_expr_test": [query_of(each, False, LATE) for each in CASES],
+        }
+        for name, changed in ALSO_WELL.items()
+    ]
+    return {"rule_files": [rules], "evaluation_interval": "1m", "tests": [*well, *tests]}

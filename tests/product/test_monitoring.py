@@ -401,6 +401,7 @@ def upstreams(make_gateway: MakeGateway, upstream: Upstream) -> Iterator[list[Sa
     gateway.start()
     assert post(gateway, gateway.new_key()) == (200, "")
     yield samples(gateway)
+    yield samples(make_gateway(toml({"upstreams": [tables[2]]})).start())
 
 
 SCENARIOS: list[Callable[[MakeGateway, Upstream], Iterator[list[Sample]]]] = [
@@ -436,6 +437,16 @@ def test_every_metric_that_is_named_shows_what_happens(
         known = TARGET.union(*(labels.get(name, set()) for name in named))
         for group in GROUPING.findall(expression):
             assert {each.strip() for each in group.split(",")} <= known, expression
+
+
+def test_what_alerts_want_to_see_increase_is_there_from_the_start(gateway: Gateway) -> None:
+    """For Prometheus, a counter that appears with 1 has not increased."""
+    gateway.new_key()
+    found = samples(gateway)
+    for alert in alerts():
+        if alert["expr"].startswith("increase("):
+            (selector,) = selectors_in(alert["expr"])
+            assert any(selector.matches(each) for each in found), alert["alert"]
 
 
 def test_a_selector_that_matches_nothing_is_found() -> None:

@@ -8,11 +8,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.gateway import ROOT, wait_until
-from tests.helpers.machine import Machine, boot
+from tests.helpers.machine import PROGRAM, Machine, boot
+from tests.helpers.programs import add_section, copy_of_program
 from tests.helpers.tools import needs
 from tests.product.test_docs import DOCS, blocks
 
@@ -146,6 +148,52 @@ def test_a_reload_changes_the_main_process(machine: Machine, key: str) -> None:
     machine.systemctl("stop", SERVICE)
     assert machine.shown(SERVICE, "Result") == "success"
     assert '"stopping"' in machine.log()
+
+
+def shown(machine: Machine) -> tuple[str, str]:
+    """Return what systemd and the gateway say of the service."""
+    return machine.systemctl("status", SERVICE, status=None), machine.log()
+
+
+SLOW_MIGRATION = """
+CREATE TABLE later AS WITH RECURSIVE numbers (number) AS (
+    SELECT 1 UNION ALL SELECT number + 1 FROM numbers WHERE number < 10000000)
+    SELECT max(number) AS number FROM numbers;
+"""
+NEXT = """
+[Service]
+ExecStart=
+ExecStart=/usr/local/bin/redbtc-next --config /etc/redbtc-proxy/config.toml serve --demo
+WatchdogSec=2
+"""
+
+
+@pytest.mark.slow
+def test_a_reload_that_migrates_the_ledger_stays_the_same_service(tmp_path: Path) -> None:
+    """Also if that takes longer than the watchdog waits. A machine of its own: its ledger is of a
+    newer version."""
+    commands = printed("sysusers")
+    (tmp_path / "machine").mkdir()
+    later = copy_of_program(tmp_path / "next")
+    add_section(later, SLOW_MIGRATION)
+    with boot(tmp_path / "machine", {f"{SERVICE}.d/next.conf": NEXT}) as machine:
+        machine.write(
+            "/usr/local/bin/redbtc-next", PROGRAM.replace("/opt/redbtc", "/opt/next"), "755"
+        )
+        machine.run("mkdir", "/opt/next")
+        machine.run("sh", "-euc", "cp -r /opt/redbtc/redbtc /opt/redbtc/*.* /opt/next")
+        machine.run("sh", "-euc", f"cd /opt/redbtc\n{commands}")
+        before = started(machine)
+        machine.wait_until_shown(SERVICE, "SubState", "running")
+        machine.write("/opt/next/schema.sql", (later / "schema.sql").read_text())
+        machine.systemctl("kill", "--kill-whom=main", "--signal=SIGUSR2", SERVICE)
+        new_main_process(machine, before)
+        wait_until(lambda: '"migrated"' in machine.log(), why=lambda: str(shown(machine)))
+        machine.wait_until_shown(SERVICE, "SubState", "running")
+        machine.wait_until_shown(SERVICE, "StatusText", "Serving; requests in flight: 0")
+        assert machine.shown(SERVICE, "NRestarts") == "0"
+        machine.systemctl("stop", SERVICE)
+        assert machine.shown(SERVICE, "Result") == "success"
 
 
 def test_the_watchdog_ends_what_stands_still(machine: Machine) -> None:
