@@ -19,6 +19,7 @@ from redbtc.handover.predecessors import Adopt, PredecessorChannel, earlier_chan
 from redbtc.release import RELEASE
 from redbtc.store.opening import JoinedFiles, SchemaChanges
 from redbtc.store.trial import try_migration
+from redbtc.store.turns import TurnsFile
 
 
 class Joining:
@@ -32,7 +33,7 @@ class Joining:
         self.are_activated = False
         self.admin_listener: int | None = None
         self.followed: set[str] = set()  # background responses that other processes follow
-        self.turns: int | None = None
+        self.turns: TurnsFile | None = None
         self._moved: list[tuple[int, bytes]] = []
         self._channels: list[PredecessorChannel] = []
 
@@ -52,7 +53,8 @@ class Joining:
         except ChannelClosed:
             raise gone() from None
         assert isinstance(offer, Offer)
-        lock_file, database_file, turns, *rest = files
+        lock_file, database_file, turns_file, *rest = files
+        turns = TurnsFile(turns_file)
         joining.files, joining.turns = JoinedFiles(lock_file, database_file, turns), turns
         joining.admin_listener = rest.pop() if offer.has_admin else None
         joining.listeners = [socket.socket(fileno=each) for each in rest]
@@ -74,8 +76,6 @@ class Joining:
             assert isinstance(message, Restart)
         except ChannelClosed:
             raise gone() from None
-        assert self.turns is not None
-        os.close(self.turns)  # the store has closed the others
         self.files = self.turns = None
         self._speak()
         with contextlib.suppress(ChannelClosed):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -32,7 +31,7 @@ from redbtc.handover.predecessors import PredecessorChannel, Predecessors
 from redbtc.server.connections import Connections
 from redbtc.server.listening import Server
 from redbtc.server.unix_socket import AdminServer
-from redbtc.store.turns import new_turns
+from redbtc.store.turns import TurnsFile, new_turns
 
 T = TypeVar("T")
 
@@ -51,7 +50,7 @@ class Parts(NamedTuple):
     admin_server: AdminServer
     predecessors: Predecessors
     are_activated: bool  # the listeners of `server` are those of systemd
-    turns: int | None  # the file for turns to write, if another process writes already
+    turns: TurnsFile | None  # the file for turns to write, if another process writes already
 
 
 class Successor:
@@ -64,6 +63,7 @@ class Successor:
         self._is_abandoned = False
         self._reporter: Reporter | None = None  # None: the process begins when this one has ended
         self._left: list[PredecessorChannel] = []
+        self._is_own_turns = parts.turns is None  # the file for turns is of no other process
         self.needs_restart: NeedsRestart | None = None
         self.version = ""
         self.pid = 0
@@ -86,7 +86,7 @@ class Successor:
             self._turns = new_turns(str(store.path.parent))
         else:
             self._turns = self._parts.turns
-        files = [*store.locks, self._turns, *(each.fileno() for each in self._listeners)]
+        files = [*store.locks, self._turns.fileno(), *(each.fileno() for each in self._listeners)]
         if admin is not None:
             files.append(admin)
         offer = Offer(
@@ -132,8 +132,6 @@ class Successor:
         self._channel.close()
         for each in self._listeners:
             each.close()
-        if self._parts.turns is None:
-            os.close(self._turns)
         return await asyncio.to_thread(self._child.end)
 
     # Handing over
@@ -152,7 +150,8 @@ class Successor:
                 undo.pop_all()
         except (StorageUnavailable, OSError) as error:
             await self.abandon()
-            raise NotTakenOver(f"the ledger can't be handed over: {error}") from None
+            reason = str(error) or "its disk does not answer"
+            raise NotTakenOver(f"the ledger can't be handed over: {reason}") from None
         except BaseException:
             await self.abandon()
             raise
@@ -199,11 +198,13 @@ class Successor:
         background = LeftResponses(gateway.background)
         undo.push_async_callback(background.take_back)
         await background.begin()
-        undo.callback(self._take_back_ledger)
-        gateway.store.share(self._turns)
-        await gateway.request_log.share(self._turns)
+        # First: when the last of them ends, this process writes without turns.
         left = await parts.predecessors.leave()
         undo.callback(parts.predecessors.take_back, left)
+        undo.callback(self._take_back_ledger)
+        async with asyncio.timeout(HANDOVER_SECONDS):
+            await gateway.store.share(self._turns)
+        await gateway.request_log.share(self._turns)
         self._state = state_to_tell(parts.service, background, [each for _, each, _ in left])
         self._state_files = [file for _, _, files in left for file in files]
         self._reporter = Reporter(gateway, background, self._state.in_flight)
@@ -211,10 +212,12 @@ class Successor:
 
     def _take_back_ledger(self) -> None:
         store = self._gateway.store
-        store.take_back()
-        if self._parts.turns is None:
-            store.write_alone()
-            self._gateway.request_log.write_alone()
+        try:
+            store.take_back()
+        finally:
+            if self._is_own_turns:
+                store.write_alone()
+                self._gateway.request_log.write_alone()
 
     # Afterwards
 

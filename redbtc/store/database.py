@@ -31,7 +31,7 @@ from redbtc.store.opening import Migrated, Serving, claim, claim_joined, configu
 from redbtc.store.readers import Readers
 from redbtc.store.spill import Spill
 from redbtc.store.takeover import interruption, interruption_of, latest_time, write_owed
-from redbtc.store.turns import LEDGER, WriteTurns
+from redbtc.store.turns import LEDGER, TurnsFile, WriteTurns
 from redbtc.store.wal import WalFile
 from redbtc.store.writer import SQLStatement, Writer
 
@@ -168,10 +168,12 @@ class Store:
         self.run = await self._writer.value(LATEST_RUN)
         self._spill.reserve()
 
-    def share(self, turns: int) -> None:
+    async def share(self, turns: TurnsFile) -> None:
         """From now on, wait for a turn before each write: another process begins to write as well,
-        and gets the spill file. `turns` is a file of new_turns. Raises OSError."""
+        and gets the spill file. Return once no write without a turn is under way. Raises
+        OSError."""
         self._writer.turns = WriteTurns(turns, LEDGER)
+        await self._writer.until_idle()
         self._spill.use(Spill(self.path, str(os.getpid())))
 
     def write_alone(self) -> None:
@@ -181,9 +183,10 @@ class Store:
     def take_back(self) -> None:
         """Undo what `share` does with the spill file: no other process has taken over. Raises
         OSError."""
-        aside = self._spill.path
-        self._spill.use(Spill(self.path))
-        aside.unlink(missing_ok=True)
+        aside, own = self._spill.path, Spill(self.path)
+        if aside != own.path:
+            self._spill.use(own)
+            aside.unlink(missing_ok=True)
 
     async def finish_for(self, process: int, request_ids: Collection[str]) -> None:
         """Write what a process could not that has ended: what its spill file has, and that these of

@@ -246,6 +246,51 @@ def test_a_new_process_that_cannot_serve_changes_nothing(
         gateway.kill()
 
 
+LINGERS = """
+self._channel.close()
+            open("asleep", "w").write(str(os.getpid()))
+            import time
+            time.sleep(300)
+"""
+
+
+def test_requests_are_settled_while_a_new_process_that_lingers_is_ended(
+    tmp_path: Path, upstream: Upstream, fork_server: None
+) -> None:
+    """It has the file for turns, and is killed before the old process writes without them."""
+    root = copy_of_program(tmp_path / "program")
+    child, joining = root / "redbtc/handover/child.py", root / JOINING
+    child.write_text(child.read_text().replace("CHILD_END_SECONDS = 10", "CHILD_END_SECONDS = 2"))
+    gateway = Gateway(tmp_path / "gateway", upstream.url, root=root).start()
+    key, release = gateway.new_key(), threading.Event()
+    upstream.script = held_until(release)
+    old = "await gateway.store.begin_run()"
+    assert old in joining.read_text()
+    joining.write_text(joining.read_text().replace(old, f"{old}\n            {LINGERS.strip()}"))
+    try:
+        with (
+            ThreadPoolExecutor(1) as pool,
+            gateway.client(key) as client,
+            client.stream("POST", "/responses", json=STREAM) as stream,
+        ):
+            lines = stream.iter_lines()
+            next(lines)
+            done = pool.submit(run_elsewhere, gateway)
+            wait_until((gateway.folder / "asleep").exists)
+            time.sleep(0.2)  # the old process has noticed
+            release.set()
+            assert any("response.completed" in line for line in lines)
+            assert not done.done()
+            assert done.result().returncode == 1
+        assert not psutil.pid_exists(int((gateway.folder / "asleep").read_text()))
+        assert post_once(gateway, key) == 200
+        assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 2
+        assert "ledger" not in gateway.flushed_log()
+        assert not list(gateway.folder.glob("*.owed-*"))
+    finally:
+        gateway.kill()
+
+
 def test_another_database_needs_a_restart(gateway: Gateway, key: str) -> None:
     gateway.configure({"database": {"path": "other.db"}})
     gateway.signal(signal.SIGUSR2)

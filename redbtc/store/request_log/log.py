@@ -27,7 +27,7 @@ from redbtc.store.request_log.recording import PartQueue, Recording
 from redbtc.store.request_log.results import LoggedCount, LoggedRequest, Purged
 from redbtc.store.request_log.worker import Worker
 from redbtc.store.schema import REQUEST_LOG
-from redbtc.store.turns import REQUEST_LOG_DATABASE, WriteTurns
+from redbtc.store.turns import REQUEST_LOG_DATABASE, TurnsFile, WriteTurns
 from redbtc.times import DAY, now_ms
 
 T = TypeVar("T")
@@ -103,9 +103,9 @@ class RequestLog:
         self._start()
         return recording
 
-    async def share(self, turns: int) -> None:
+    async def share(self, turns: TurnsFile) -> None:
         """From now on, wait for a turn before each use of the file: another process uses it as
-        well. Return once it is not open here. `turns` is a file of new_turns."""
+        well. Return once it is not open here."""
         self._worker.turns = WriteTurns(turns, REQUEST_LOG_DATABASE)
         while not self._worker.is_closed and self._worker.thread.is_alive():
             self._queue.filled.set()
