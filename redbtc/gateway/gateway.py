@@ -94,6 +94,7 @@ class Gateway:
             "redbtc_queued", "Requests waiting for a free place", lambda: self.limiter.queued
         )
         self.draining = self.stopping = False
+        self.admits = True  # False: another process does, which knows no request that begins here
         self.websockets: set[Session] = set()
         # Lets a new process take over; set when this one serves.
         self.reload: Callable[[], Awaitable[Reloaded]]

@@ -174,6 +174,8 @@ class Successor:
 
     async def _stop_admitting(self, undo: contextlib.AsyncExitStack) -> None:
         parts, again = self._parts, [each.dup() for each in self._listeners]
+        undo.callback(setattr, self._gateway, "admits", True)
+        self._gateway.admits = False
         parts.server.stop_accepting()
         undo.push_async_callback(parts.server.accept_on, again)
         leaving = self._leaving = LeavingConnections(parts.server, parts.connections)

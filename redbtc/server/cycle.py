@@ -50,6 +50,7 @@ class RequestCycle:
         self.framing = framing
         self.keep_alive = keep_alive
         self.task: asyncio.Task[None] | None = None  # that runs the app
+        self.begun = False  # the app runs
         self.started = False  # the app has sent the response's head
         self.complete = False
         self._connection = connection
@@ -119,10 +120,12 @@ class RequestCycle:
 
     def rebuilt(self) -> bytes | None:
         """Return what has arrived of the request, in a form from which another process can serve
-        it. Return None if it is admitted or refused already, or is not one that can be served
-        anew."""
+        it. Return None if it is admitted or refused already, or is being served and can't be
+        served anew."""
         received = self.request.received
-        if received is None or self.started or self._failure:
+        if self.request.refusal or self.started or self._failure:
+            return None
+        if received is None and self.begun:
             return None
         scope, dropped = self.scope, b"" if self._expects_continue else b"expect"
         target = scope["raw_path"]
@@ -130,7 +133,8 @@ class RequestCycle:
             target += b"?" + scope["query_string"]
         head = [b"%b %b HTTP/%b\r\n" % (scope["method"].encode(), target, self._version)]
         head += [b"%b: %b\r\n" % line for line in scope["headers"] if line[0] != dropped]
-        body = b"".join([*received.as_client_sent(), self._body])
+        taken = received.as_client_sent() if received else ()
+        body = b"".join([*taken, self._body])
         return b"".join([*head, b"\r\n", self.framing.rebuilt(body)])
 
     @property

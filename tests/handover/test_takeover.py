@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 import threading
@@ -13,13 +14,17 @@ import pytest
 from tests.handover.test_reload import RESPONSE, STREAM, held_until
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
 from tests.helpers.reloading import reload
+from tests.helpers.turns import steer
 from tests.helpers.upstream import (
     Received,
     Reply,
+    Socket,
     Upstream,
     json_answer,
     response_object,
+    ws_events,
 )
+from tests.helpers.websocket_client import client
 
 pytestmark = pytest.mark.promise_4
 
@@ -27,11 +32,11 @@ pytestmark = pytest.mark.promise_4
 class HeldStream:
     """A stream of which the end is held back."""
 
-    def __init__(self, gateway: Gateway, upstream: Upstream, key: str) -> None:
+    def __init__(self, gateway: Gateway, upstream: Upstream, key: str, **more: Any) -> None:
         self.release = threading.Event()
         upstream.script = held_until(self.release)
         self._client = gateway.client(key)
-        self._stream = self._client.stream("POST", "/responses", json=STREAM)
+        self._stream = self._client.stream("POST", "/responses", json={**STREAM, **more})
 
     def __enter__(self) -> HeldStream:
         self.response = self._stream.__enter__()
@@ -104,6 +109,37 @@ def test_a_hold_counts_until_the_request_has_its_cost(
     spent = sum(round(float(row["cost"]) * 10**9) for row in rows)
     assert round(float(shown["balance"]) * 10**9) == 1_500_000_000 - spent
     assert float(shown["held"]) == 0
+
+
+def test_no_response_is_steered_in_a_process_that_does_not_know_the_balance(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """The new process may have held what is left for other requests."""
+    done = threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created, delta)
+        while not done.is_set():
+            await asyncio.sleep(0.01)
+        await sock.send(completed)
+
+    upstream.talk = talk
+    gateway = make_gateway(PRICED).start()
+    key = gateway.new_key()
+    gateway.cli("price", "add", "*", "--input", "0", "--output", "1000")
+    gateway.cli("payment", "add", "test", "2.5")
+    with client(gateway, key) as ws:
+        ws.send(max_output_tokens=1000)  # at most 1 USD
+        ws.until("response.output_text.delta")
+        reload(gateway)
+        with HeldStream(gateway, upstream, key, max_output_tokens=1000) as stream:
+            ws.raw(steer(1))
+            assert ws.recv(20)["error"]["code"] == "draining"
+            assert gateway.cli("account", "show", "test")["held"] == "2"
+            done.set()
+            assert ws.completed()["id"] == "resp_ws_1"
+            assert "response.completed" in stream.finish()
 
 
 def test_a_compromised_key_cuts_what_the_old_process_has(
