@@ -20,6 +20,8 @@ from redbtc.handover.child import Child, NotTakenOver
 from redbtc.handover.messages import (
     AbortElsewhere,
     EndElsewhere,
+    ForgetBodies,
+    Forgot,
     NeedsRestart,
     Offer,
     Ready,
@@ -63,6 +65,7 @@ class Successor:
         self._is_abandoned = False
         self._reporter: Reporter | None = None  # None: the process begins when this one has ended
         self._left: list[PredecessorChannel] = []
+        self._forgetting: set[asyncio.Task[None]] = set()
         self._is_own_turns = parts.turns is None  # the file for turns is of no other process
         self.needs_restart: NeedsRestart | None = None
         self.version = ""
@@ -263,3 +266,18 @@ class Successor:
                 self._gateway.background.cancel(message.owner_id)
             elif isinstance(message, EndElsewhere):
                 self._gateway.stop()
+            elif isinstance(message, ForgetBodies):
+                task = asyncio.create_task(self._forget(message), name="forget bodies")
+                self._forgetting.add(task)
+                task.add_done_callback(self._forgetting.discard)
+
+    async def _forget(self, message: ForgetBodies) -> None:
+        """Do what the message asks for, and say when it is done. Otherwise, the other process says
+        that it is not."""
+        log, account_id, key_id = self._gateway.request_log, message.account_id, message.key_id
+        with contextlib.suppress(StorageUnavailable, ChannelClosed):
+            if message.days is None:
+                await log.erase(account_id, key_id)
+            else:
+                await log.shorten(account_id, key_id, message.days, message.except_keys)
+            await self._channel.send(Forgot(message.number))

@@ -269,6 +269,25 @@ def test_logged_bodies_are_whole(make_gateway: MakeGateway, upstream: Upstream) 
     wait_until(lambda: '"completed"' in shown(gateway, other))
 
 
+def test_erased_bodies_do_not_come_back_from_the_old_process(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway().start()
+    key = gateway.new_key()
+    gateway.cli("account", "log", "test", "--days", "1")
+    with HeldStream(gateway, upstream, key, instructions="canary-of-the-prompt") as stream:
+        before = reload(gateway)
+        request_id = stream.response.headers["x-redbtc-request-id"]
+        gateway.cli("account", "log", "test", "--off", "--purge")
+        assert "response.completed" in stream.finish()
+    assert before.wait() == 0
+    gateway.wait_for_log('"predecessor ended"')
+    assert gateway.run("usage", "show", request_id, "--response").returncode == 1
+    for file in gateway.folder.glob("request_log.db*"):
+        for text in (b"canary", b"response.completed"):
+            assert text not in file.read_bytes()
+
+
 def shown(gateway: Gateway, request_id: str) -> str:
     """The stored body of an answer."""
     return gateway.run("usage", "show", request_id, "--response").stdout
