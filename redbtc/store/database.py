@@ -83,7 +83,7 @@ class Store:
         self.look_up, self.look_up_all = readers.look_up, readers.look_up_all
         self.rows, self.one = readers.rows, readers.one
         self.snapshot, self.snapshot_to_check = readers.snapshot, readers.snapshot_to_check
-        self.changes = 0  # administrative ones, that were tried
+        self.changes = 0  # administrative ones, that were written or have failed
         self.locks: tuple[int, int]  # the open files of the lock and the database
         self._spill: Spill
         self._writer = writer
@@ -261,10 +261,24 @@ class Store:
         StorageUnavailable if the commit fails or takes longer than `seconds` (None:
         TRANSACT_SECONDS); then it may still succeed later."""
         if by is not None:
-            self.changes += 1
             statements = ((SIGN, (by, self.time())), *statements, (UNSIGN, ()))
-        changed = await self._committed(self._writer.write(statements), seconds or TRANSACT_SECONDS)
+        writing = self._writer.write(statements)
+        if by is not None:
+            writing = self._counted(writing)
+        changed = await self._committed(writing, seconds or TRANSACT_SECONDS)
         return changed[-1 if by is None else -2]
+
+    async def _counted(self, writing: Coroutine[Any, Any, T]) -> T:
+        """Write an administrative change. Count it once it is written, even if that is later than
+        anybody waits for it."""
+        task = asyncio.create_task(writing)
+        task.add_done_callback(self._count_change)
+        return await asyncio.shield(task)
+
+    def _count_change(self, task: asyncio.Task[Any]) -> None:
+        self.changes += 1
+        if not task.cancelled():
+            task.exception()  # it is seen, though nobody may wait for it any more
 
     async def transact_step(self, *statements: SQLStatement) -> float:
         """Execute statements as `transact` does, but without waiting for the disk: a power loss may

@@ -6,11 +6,16 @@ import asyncio
 import contextlib
 import sqlite3
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from redbtc.errors import StorageUnavailable
+from redbtc.store.database import Store
+from redbtc.store.writer import Writer
 from tests.handover.test_reload import RESPONSE, STREAM, held_until
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
 from tests.helpers.reloading import reload
@@ -221,6 +226,34 @@ def test_a_background_response_is_asked_for_by_the_new_process(
     wait_until(lambda: gateway.row()["outcome"] == "completed")
     assert gateway.row()["usage_source"] == "upstream"
     assert len(gateway.rows()) == 1
+
+
+def test_a_change_counts_once_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new process reads the ledger again when the old one says that it has changed something,
+    such as a payment: before the commit, there is nothing new to read."""
+    write = Writer._write
+
+    def slowly(self: Writer, *values: Any) -> list[int]:
+        time.sleep(0.2)
+        return write(self, *values)
+
+    async def run() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            monkeypatch.setattr(Writer, "_write", slowly)
+            changing = asyncio.create_task(store.transact(("DELETE FROM sessions", ()), by="x"))
+            await asyncio.sleep(0.1)
+            assert store.changes == 0
+            await changing
+            assert store.changes == 1
+            with pytest.raises(StorageUnavailable):
+                await store.transact(("DELETE FROM sessions", ()), by="x", seconds=0.1)
+            assert store.changes == 1
+            await asyncio.sleep(0.2)
+            assert store.changes == 2
+
+    asyncio.run(run())
 
 
 def test_an_upstream_that_is_out_stays_out(make_gateway: MakeGateway, upstream: Upstream) -> None:
