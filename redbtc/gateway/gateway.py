@@ -93,6 +93,7 @@ class Gateway:
         telemetry.show_gauge(
             "redbtc_queued", "Requests waiting for a free place", lambda: self.limiter.queued
         )
+        self.operations = 0  # requests of commands, users and accounts that are being answered
         self.draining = self.stopping = False
         self.admits = True  # False: another process does, which knows no request that begins here
         self.websockets: set[Session] = set()

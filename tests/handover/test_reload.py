@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
+from tests.helpers.logins import new_user
 from tests.helpers.programs import copy_of_program
 from tests.helpers.reloading import reload
 from tests.helpers.steady_load import CountingUpstream, SteadyLoad
@@ -244,6 +246,41 @@ def test_a_new_process_that_cannot_serve_changes_nothing(
         assert not list(gateway.folder.glob("*.owed*"))
     finally:
         gateway.kill()
+
+
+SLOWLY = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import asyncio
+from redbtc.billing.billing import Billing
+
+payments = Billing.payments
+
+async def slowly(*values):
+    await asyncio.sleep(4)
+    return await payments(*values)
+
+Billing.payments = slowly
+"""
+
+
+def test_commands_and_pages_are_answered_by_the_process_that_has_begun(
+    make_gateway: MakeGateway,
+) -> None:
+    """They are not in flight at an upstream, and can take a while: db purge, account terminate."""
+    gateway = make_gateway()
+    gateway.prelude = SLOWLY
+    gateway.start()
+    login = new_user(gateway, "a@example.com")
+    with ThreadPoolExecutor(2) as pool, contextlib.closing(login.client):
+        asked = pool.submit(gateway.api, "GET", "/payments")
+        shown = pool.submit(login.get, "/admin/v1/payments")
+        time.sleep(0.2)
+        before = reload(gateway)
+        assert not asked.done()
+        assert asked.result() == {"payments": []}
+        assert shown.result().json() == {"payments": []}
+        assert before.wait() == 0
 
 
 LINGERS = """
