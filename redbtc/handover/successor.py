@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -34,11 +35,13 @@ from redbtc.server.connections import Connections
 from redbtc.server.listening import Server
 from redbtc.server.unix_socket import AdminServer
 from redbtc.store.turns import TurnsFile, new_turns
+from redbtc.telemetry import log
 
 T = TypeVar("T")
 
 START_SECONDS = 120  # for the new process to be ready
 HANDOVER_SECONDS = 10  # for each further step
+ORPHAN_SECONDS = 30  # for requests in flight, if the new process has died
 REPORT_SECONDS = 0.02  # between two reports, unless looking for changes takes long:
 REPORT_SHARE = 0.02  # of the time may be spent on it
 
@@ -228,13 +231,17 @@ class Successor:
 
     async def follow(self) -> None:
         """Hand over connections, report what ends here if the process wants to know, and abort what
-        it asks for, until it has ended."""
+        it asks for, until it has ended. Then nobody serves, and no gateway can start before this
+        process has ended: abort what does not end before long."""
         for channel in self._left:
             channel.close()
         if self._reporter:
             self._gateway.upstreams.take_no_more()
         with contextlib.suppress(ChannelClosed):
             await asyncio.gather(self._report(), self._listen())
+        log(logging.ERROR, "successor died", pid=self.pid, seconds=ORPHAN_SECONDS)
+        await asyncio.sleep(ORPHAN_SECONDS)
+        self._gateway.stop()
 
     async def _report(self) -> None:
         while True:
@@ -274,10 +281,10 @@ class Successor:
     async def _forget(self, message: ForgetBodies) -> None:
         """Do what the message asks for, and say when it is done. Otherwise, the other process says
         that it is not."""
-        log, account_id, key_id = self._gateway.request_log, message.account_id, message.key_id
+        bodies, account_id, key_id = self._gateway.request_log, message.account_id, message.key_id
         with contextlib.suppress(StorageUnavailable, ChannelClosed):
             if message.days is None:
-                await log.erase(account_id, key_id)
+                await bodies.erase(account_id, key_id)
             else:
-                await log.shorten(account_id, key_id, message.days, message.except_keys)
+                await bodies.shorten(account_id, key_id, message.days, message.except_keys)
             await self._channel.send(Forgot(message.number))

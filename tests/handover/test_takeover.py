@@ -17,7 +17,7 @@ from redbtc.errors import StorageUnavailable
 from redbtc.store.database import Store
 from redbtc.store.writer import Writer
 from tests.handover.test_reload import RESPONSE, STREAM, held_until
-from tests.helpers.gateway import Gateway, MakeGateway, wait_until
+from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
 from tests.helpers.reloading import reload
 from tests.helpers.turns import steer
 from tests.helpers.upstream import (
@@ -198,6 +198,38 @@ def test_a_killed_old_process_leaves_nothing_taken(
     assert not list(gateway.folder.glob("*.owed-*"))
     gateway.restart()
     assert len(gateway.rows()) == 2
+
+
+SOON = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.handover import successor
+
+successor.ORPHAN_SECONDS = 1
+"""
+
+
+def test_a_killed_new_process_leaves_the_way_free(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """The old one still writes, so no gateway can start until it has ended."""
+    gateway = make_gateway()
+    gateway.prelude = SOON
+    key = gateway.start().new_key()
+    with HeldStream(gateway, upstream, key) as stream:
+        before = reload(gateway)
+        gateway.kill()
+        gateway.wait_for_log('"successor died"')
+        with pytest.raises(httpx2.HTTPError):
+            for _ in stream.lines:
+                pass
+    assert before.wait() == 0
+    gateway.past.clear()
+    upstream.script = json_answer(response_object())
+    gateway.start()
+    assert post(gateway, key).status_code == 200
+    first, second = gateway.rows()
+    assert (first["outcome"], second["outcome"]) == ("interrupted", "completed")
 
 
 def test_a_background_response_is_asked_for_by_the_new_process(
