@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
+import inspect
 from collections.abc import Callable
 
 from redbtc.headers import BAD_IN_VALUE, Headers, header
@@ -22,6 +23,14 @@ def _status_line(status: int) -> bytes:
 
 
 STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
+
+
+def has_not_begun(task: asyncio.Task[None]) -> bool:
+    """Return whether a task has not begun to run."""
+    coroutine = task.get_coro()
+    return inspect.iscoroutine(coroutine) and (
+        inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
+    )
 
 
 def _is_end(message: Message) -> bool:
@@ -50,7 +59,6 @@ class RequestCycle:
         self.framing = framing
         self.keep_alive = keep_alive
         self.task: asyncio.Task[None] | None = None  # that runs the app
-        self.begun = False  # the app runs
         self.started = False  # the app has sent the response's head
         self.complete = False
         self._connection = connection
@@ -125,7 +133,7 @@ class RequestCycle:
         received = self.request.received
         if self.request.refusal or self.started or self._failure:
             return None
-        if received is None and self.begun:
+        if received is None and not (self.task and has_not_begun(self.task)):
             return None
         scope, dropped = self.scope, b"" if self._expects_continue else b"expect"
         target = scope["raw_path"]

@@ -244,7 +244,6 @@ class HTTPProtocol(asyncio.Protocol):
 
     async def _run(self, cycle: RequestCycle) -> None:
         """Run the app. If it does not complete its response, tear the connection."""
-        cycle.begun = True
         try:
             await self._app(cycle.scope, cycle.receive, cycle.send)
         except BaseException as error:

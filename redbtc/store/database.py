@@ -263,22 +263,12 @@ class Store:
         if by is not None:
             statements = ((SIGN, (by, self.time())), *statements, (UNSIGN, ()))
         writing = self._writer.write(statements)
-        if by is not None:
-            writing = self._counted(writing)
+        writing = writing if by is None else with_count(writing, self._count_change)
         changed = await self._committed(writing, seconds or TRANSACT_SECONDS)
         return changed[-1 if by is None else -2]
 
-    async def _counted(self, writing: Coroutine[Any, Any, T]) -> T:
-        """Write an administrative change. Count it once it is written, even if that is later than
-        anybody waits for it."""
-        task = asyncio.create_task(writing)
-        task.add_done_callback(self._count_change)
-        return await asyncio.shield(task)
-
-    def _count_change(self, task: asyncio.Task[Any]) -> None:
+    def _count_change(self) -> None:
         self.changes += 1
-        if not task.cancelled():
-            task.exception()  # it is seen, though nobody may wait for it any more
 
     async def transact_step(self, *statements: SQLStatement) -> float:
         """Execute statements as `transact` does, but without waiting for the disk: a power loss may
@@ -311,6 +301,19 @@ class Store:
         now = self.time()
         await self.record(BEAT, (now,), retry_until_written=False)
         return now
+
+
+async def with_count(writing: Coroutine[Any, Any, T], count: Callable[[], None]) -> T:
+    """Write, and call `count` once that is done, even if it is later than anybody waits for it."""
+
+    def note(done: asyncio.Task[T]) -> None:
+        count()
+        if not done.cancelled():
+            done.exception()  # it is seen, though nobody may wait for it any more
+
+    task = asyncio.create_task(writing)
+    task.add_done_callback(note)
+    return await asyncio.shield(task)
 
 
 async def end(commits: Commits, spill: Spill) -> None:
