@@ -14,7 +14,10 @@ import httpx2
 import pytest
 
 from redbtc.errors import StorageUnavailable
+from redbtc.gateway.handover.telling import changed, not_less
+from redbtc.locations import ObjectLocation
 from redbtc.store.database import Store
+from redbtc.store.objects import Objects
 from redbtc.store.writer import Writer
 from tests.handover.test_reload import RESPONSE, STREAM, held_until
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
@@ -284,6 +287,26 @@ def test_a_change_counts_once_it_can_be_read(
             assert store.changes == 1
             await asyncio.sleep(0.2)
             assert store.changes == 2
+
+    asyncio.run(run())
+
+
+def test_growth_ends_once_the_ledger_has_what_was_added(tmp_path: Path) -> None:
+    """A conversation's tokens are written without waiting for the disk."""
+
+    async def run() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            objects = Objects(store)
+            objects.grow({"conv_1": 5, "conv_2": 7})
+            before = objects.growing()
+            objects.own(["conv_1"], "acct_1", ObjectLocation("test", tokens=5))
+            objects.stop_growing({"conv_1": 5})
+            assert objects.are_writing
+            assert not_less(before, objects.growing()) == before
+            await store.settle_time()
+            await asyncio.sleep(0)
+            assert not objects.are_writing
+            assert changed(before, objects.growing()) == {"conv_1": 0}
 
     asyncio.run(run())
 
