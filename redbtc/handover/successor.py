@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 START_SECONDS = 120  # for the new process to be ready
 HANDOVER_SECONDS = 10  # for each further step
+FINISH_SECONDS = 60  # for the last report, and connections with large bodies
 ORPHAN_SECONDS = 30  # for requests in flight, if the new process has died
 REPORT_SECONDS = 0.02  # between two reports, unless looking for changes takes long:
 REPORT_SHARE = 0.02  # of the time may be spent on it
@@ -261,8 +262,9 @@ class Successor:
 
     async def finish(self) -> None:
         """InFlightReport for the last time: nothing is in flight any more."""
-        with contextlib.suppress(ChannelClosed):
-            await self.report()
+        with contextlib.suppress(ChannelClosed, TimeoutError):
+            async with asyncio.timeout(FINISH_SECONDS):
+                await self.report()
 
     async def _listen(self) -> None:
         while True:

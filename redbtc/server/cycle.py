@@ -142,8 +142,8 @@ class RequestCycle:
         head = [b"%b %b HTTP/%b\r\n" % (scope["method"].encode(), target, self._version)]
         head += [b"%b: %b\r\n" % line for line in scope["headers"] if line[0] != dropped]
         taken = received.as_client_sent() if received else ()
-        body = b"".join([*taken, self._body])
-        return b"".join([*head, b"\r\n", self.framing.rebuilt(body)])
+        body = self.framing.rebuilt(b"".join([*taken, self._body]))
+        return b"".join([*head, b"\r\n", body])
 
     @property
     def _version(self) -> bytes:

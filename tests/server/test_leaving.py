@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from redbtc.handover.moving import LeavingConnections
 from redbtc.server.connections import Connections
 from redbtc.server.framing import MAX_CHUNKS_PER_TURN, BadFraming, Chunked, Framing, Length
-from redbtc.server.leaving import leave
+from redbtc.server.leaving import LeftConnection, leave
 from redbtc.server.listening import server_for
 from redbtc.server.protocol import HTTPProtocol
 
@@ -126,5 +127,31 @@ def test_a_request_whose_app_has_not_begun_is_left(kind: str) -> None:
             assert protocol.cycle.task
             protocol.cycle.task.cancel()
             await asyncio.wait([protocol.cycle.task])
+
+    asyncio.run(run())
+
+
+def test_the_last_report_waits_for_connections_that_are_being_sent() -> None:
+    """A body of 50 MB takes the other process a while to read; when `send` returns for the last
+    time, this process ends."""
+    sent = []
+
+    class Slow:
+        async def send(self, message: Any, files: list[int]) -> None:
+            await asyncio.sleep(0.05)
+            sent.append(message)
+
+    class Leaving(LeavingConnections):
+        def add(self, connection: LeftConnection) -> None:
+            self._left.append(connection)
+
+    async def run() -> None:
+        leaving = Leaving(cast(Any, None), Connections())
+        leaving.add(LeftConnection(os.open(os.devnull, os.O_RDONLY), b"x", None))
+        first = asyncio.create_task(leaving.send(cast(Any, Slow())))
+        await asyncio.sleep(0)
+        await leaving.send(cast(Any, Slow()))
+        assert len(sent) == 1
+        await first
 
     asyncio.run(run())
