@@ -50,7 +50,7 @@ from redbtc.config import (
     with_demo,
 )
 from redbtc.errors import UserError
-from redbtc.gateway.admin_routes import in_time
+from redbtc.gateway.admin_routes import finished_at_end, in_time
 from redbtc.gateway.draining import drain
 from redbtc.gateway.endpoints import METERED, RESPONSES
 from redbtc.gateway.health import healthz
@@ -242,7 +242,7 @@ class GatewayProcess:
         self._guard.serve(metered_apps(service), others, websocket_app(service, others))
         gc.freeze()  # what is there now stays, as in start.finish
         with socket_path(store.path) as path:
-            api = in_time(gateway, admin_app(service.api, local_actor))
+            api = finished_at_end(gateway, in_time(gateway, admin_app(service.api, local_actor)))
             guarded = Guard({}, api, unknown_url, self.telemetry)
             server = AdminServer(configured(guarded, uds=path, proxy_headers=False))
             self._servers.append(server)

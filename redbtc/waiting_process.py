@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+KILL = signal.SIGQUIT  # of a waiting process: kill the other one. SIGKILL would leave it running
 START, STAY = "start", "stay"
 
 
@@ -32,11 +33,12 @@ def stay(pid: int) -> None:
 
 
 def start_and_wait(files: Sequence[int], command: Sequence[str]) -> int:
-    """Start a process, which inherits these files. Pass signals on to it, and return its exit
-    status."""
+    """Start a process, which inherits these files. Pass signals on to it, kill it at KILL, and
+    return its exit status."""
     process = subprocess.Popen(command, pass_fds=files, env={**os.environ})
     for file in files:
         os.close(file)
+    signal.signal(KILL, lambda *_: process.kill())
     pass_on(process.send_signal)
     return shell_status(process.wait())
 

@@ -69,9 +69,11 @@ class AdminRoutes:
             message = f"At most {MAX_ASKED} requests for figures and pages can be in flight."
             raise Refusal("concurrency_limit_exceeded", message)
         self._asked[who] += 1
+        self._gateway.operations += 1
         try:
             yield
         finally:
+            self._gateway.operations -= 1
             self._asked[who] -= 1
             if not self._asked[who]:
                 del self._asked[who]
@@ -110,6 +112,19 @@ def in_time(gateway: Gateway, app: App) -> App:
         await app(scope, received_until(deadline, receive), send)
 
     return app_in_time
+
+
+def finished_at_end(gateway: Gateway, app: App) -> App:
+    """Return the app, whose requests are to be finished before the process ends."""
+
+    async def counted_app(scope: Scope, receive: Receive, send: Send) -> None:
+        gateway.operations += 1
+        try:
+            await app(scope, receive, send)
+        finally:
+            gateway.operations -= 1
+
+    return counted_app
 
 
 def received_until(deadline: float, receive: Receive) -> Receive:

@@ -137,11 +137,11 @@ class BackgroundResponses:
         await self._take_up([each for each in rows if each[0].response_id not in except_for])
 
     async def take_up(self, response_ids: Collection[str]) -> None:
-        """Take up these responses, which another process leaves to this one. Raises
-        StorageUnavailable, sqlite3.Error."""
-        if response_ids:
+        """Take up those of these responses, which another process leaves to this one, that are not
+        here yet. Raises StorageUnavailable, sqlite3.Error."""
+        if missing := set(response_ids).difference(self.responses):
             rows = await unfinished_rows(self._store)
-            await self._take_up([each for each in rows if each[0].response_id in response_ids])
+            await self._take_up([each for each in rows if each[0].response_id in missing])
 
     async def _take_up(self, rows: list[tuple[RequestRow, Key, UnfinishedRow]]) -> None:
         for row, key, unfinished in rows:

@@ -52,7 +52,8 @@ async def drain(
     gateway.drain()
 
     def is_busy() -> bool:
-        return gateway.in_flight.count > 0 or connections.unsent or bool(others)
+        has_requests = gateway.in_flight.count > 0 or gateway.operations > 0
+        return has_requests or connections.unsent or bool(others)
 
     await wait_while(gateway, is_busy, seconds)
     log(logging.INFO, "stopping", in_flight=gateway.in_flight.count)

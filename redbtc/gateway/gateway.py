@@ -93,7 +93,9 @@ class Gateway:
         telemetry.show_gauge(
             "redbtc_queued", "Requests waiting for a free place", lambda: self.limiter.queued
         )
+        self.operations = 0  # requests of commands, users and accounts that are being answered
         self.draining = self.stopping = False
+        self.admits = True  # False: another process does, which knows no request that begins here
         self.websockets: set[Session] = set()
         # Lets a new process take over; set when this one serves.
         self.reload: Callable[[], Awaitable[Reloaded]]

@@ -47,8 +47,10 @@ class Channel:
     async def send(self, message: HandoverMessage, files: Sequence[int] = ()) -> None:
         """Send a message with at most MAX_FILES open files, which stay open here. Raises
         ChannelClosed."""
-        content = self._encoder.encode(message)
-        data = memoryview(FRAME_HEAD.pack(len(content), len(files)) + content)
+        frame = bytearray(FRAME_HEAD.size)
+        self._encoder.encode_into(message, frame, FRAME_HEAD.size)  # a body is copied only once
+        FRAME_HEAD.pack_into(frame, 0, len(frame) - FRAME_HEAD.size, len(files))
+        data = memoryview(frame)
         async with self._sending:
             try:
                 while files:

@@ -10,7 +10,7 @@ import sys
 import threading
 
 from redbtc.errors import UserError
-from redbtc.waiting_process import START, waiting_command
+from redbtc.waiting_process import KILL, START, waiting_command
 
 VARIABLE = "REDBTC_HANDOVER"  # the descriptors of the channel and of standard error
 KEPT_BYTES = 8 << 10  # of what the process has written to standard error
@@ -73,6 +73,9 @@ class Child:
             self._process.terminate()
             status = self._wait(CHILD_END_SECONDS)
         if status is None:
+            self._process.send_signal(KILL)
+            status = self._wait(CHILD_END_SECONDS)
+        if status is None:  # its disk does not answer; without the channel, it can't serve
             self._process.kill()
             status = self._process.wait()
         self._reader.join(CHILD_END_SECONDS)

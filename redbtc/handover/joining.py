@@ -20,6 +20,7 @@ from redbtc.handover.predecessors import Adopt, PredecessorChannel, earlier_chan
 from redbtc.release import RELEASE
 from redbtc.store.opening import JoinedFiles, SchemaChanges
 from redbtc.store.trial import try_migration
+from redbtc.store.turns import TurnsFile
 from redbtc.systemd import report_status
 
 
@@ -34,7 +35,7 @@ class Joining:
         self.are_activated = False
         self.admin_listener: int | None = None
         self.followed: set[str] = set()  # background responses that other processes follow
-        self.turns: int | None = None
+        self.turns: TurnsFile | None = None
         self._moved: list[tuple[int, bytes]] = []
         self._channels: list[PredecessorChannel] = []
         self._reporting: asyncio.Task[None] | None = None  # to systemd, until this process serves
@@ -55,7 +56,8 @@ class Joining:
         except ChannelClosed:
             raise gone() from None
         assert isinstance(offer, Offer)
-        lock_file, database_file, turns, *rest = files
+        lock_file, database_file, turns_file, *rest = files
+        turns = TurnsFile(turns_file)
         joining.files, joining.turns = JoinedFiles(lock_file, database_file, turns), turns
         joining.admin_listener = rest.pop() if offer.has_admin else None
         joining.listeners = [socket.socket(fileno=each) for each in rest]
@@ -77,8 +79,6 @@ class Joining:
             assert isinstance(message, Restart)
         except ChannelClosed:
             raise gone() from None
-        assert self.turns is not None
-        os.close(self.turns)  # the store has closed the others
         self.files = self.turns = None
         self._speak()
         self._reporting = asyncio.create_task(report_status(migrating), name="systemd")

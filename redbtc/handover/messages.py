@@ -8,7 +8,8 @@ different versions of this program: unknown fields are ignored, and new ones nee
                              ◄──────────────── Serves
     Go ──────────────────────────────────────►
     Moved (connections), InFlightReport … ───►
-                             ◄──────────────── AbortElsewhere, EndElsewhere
+                             ◄──────────────── AbortElsewhere, EndElsewhere, ForgetBodies
+    Forgot ──────────────────────────────────►
 
 After NeedsRestart, Restart takes the place of GatewayState, and only Moved follows. A new process
 that can't serve ends: its standard error says why.
@@ -77,6 +78,24 @@ class EndElsewhere(msgspec.Struct, tag=True):
     """Abort all that is in flight."""
 
 
+class ForgetBodies(msgspec.Struct, tag=True):
+    """Erase the stored bodies of an account, or of one of its keys, and store nothing more of its
+    requests in flight; with `days`, let them expire so many days after they were logged, but for
+    those of `except_keys`."""
+
+    number: int
+    account_id: str
+    key_id: str | None
+    days: int | None
+    except_keys: list[str]
+
+
+class Forgot(msgspec.Struct, tag=True):
+    """What the ForgetBodies of this number asks for is done."""
+
+    number: int
+
+
 HandoverMessage = (
     Offer
     | Ready
@@ -89,4 +108,6 @@ HandoverMessage = (
     | InFlightReport
     | AbortElsewhere
     | EndElsewhere
+    | ForgetBodies
+    | Forgot
 )

@@ -25,6 +25,7 @@ class LeavingConnections:
         self._connections = connections
         self._left: list[LeftConnection] = []
         self._ending: set[asyncio.Task[None]] = set()
+        self._sending = asyncio.Lock()
         connections.on_idle = self._take
 
     def take_all(self) -> None:
@@ -48,7 +49,12 @@ class LeavingConnections:
         return not self._ending
 
     async def send(self, channel: Channel) -> None:
-        """Hand over those that were taken. Raises ChannelClosed."""
+        """Hand over those that were taken. Return once all are sent, those of another call as well.
+        Raises ChannelClosed."""
+        async with self._sending:
+            await self._send_left(channel)
+
+    async def _send_left(self, channel: Channel) -> None:
         while self._left:
             batch, size = list[LeftConnection](), 0
             while self._left and len(batch) < MAX_FILES and size < MAX_MOVED_BYTES:

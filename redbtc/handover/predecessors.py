@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import socket
@@ -15,9 +16,11 @@ from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.handover.predecessors import Predecessor
 from redbtc.gateway.handover.state import EarlierState, InFlightReport, InFlightState
 from redbtc.handover.channel import Channel, ChannelClosed
-from redbtc.handover.messages import AbortElsewhere, EndElsewhere, Moved
+from redbtc.handover.messages import AbortElsewhere, EndElsewhere, ForgetBodies, Forgot, Moved
 from redbtc.telemetry import log, shown_error
 
+NUMBERS = itertools.count(1)  # of messages that are answered
+FORGET_SECONDS = 10
 FOLLOW_RETRY_SECONDS = 1.0  # before what an ended process has left is seen to again
 
 Adopt = Callable[[int, bytes], Awaitable[None]]  # serves a connection
@@ -32,6 +35,7 @@ class PredecessorChannel:
         self._channel = channel
         self._handling = asyncio.Lock()
         self._sending: set[asyncio.Task[None]] = set()
+        self._forgetting: dict[int, asyncio.Future[None]] = {}
 
     async def follow(self, adopt: Adopt) -> None:
         """Note what it reports, and serve the connections that it leaves to this process, until it
@@ -51,10 +55,15 @@ class PredecessorChannel:
                 await adopt(file, received)
         elif isinstance(message, InFlightReport):
             await self._until_done(lambda: self.predecessor.note(message))
+        elif isinstance(message, Forgot) and message.number in self._forgetting:
+            self._forgetting[message.number].set_result(None)
 
     async def _finish(self) -> None:
         interrupted = len(self.predecessor.rows)
         await self._until_done(self.predecessor.end)
+        for done in self._forgetting.values():
+            if not done.done():
+                done.set_result(None)  # it stores nothing more
         self._channel.close()
         pid = self.predecessor.pid
         if interrupted:
@@ -80,12 +89,31 @@ class PredecessorChannel:
         """Abort all that it has in flight."""
         self._send(EndElsewhere())
 
+    async def forget_bodies(
+        self, account_id: str, key_id: str | None, days: int | None, except_keys: Collection[str]
+    ) -> None:
+        """Let it erase stored bodies, as LogElsewhere says. Raises StorageUnavailable."""
+        number, done = next(NUMBERS), asyncio.get_running_loop().create_future()
+        self._forgetting[number] = done
+        try:
+            message = ForgetBodies(number, account_id, key_id, days, list(except_keys))
+            await self._send_if_open(message)
+            async with asyncio.timeout(FORGET_SECONDS):
+                await done
+        except TimeoutError:
+            raise StorageUnavailable(
+                f"process {self.predecessor.pid}, which finishes its requests, has not answered "
+                f"for {FORGET_SECONDS} s; try again"
+            ) from None
+        finally:
+            del self._forgetting[number]
+
     def _send(self, message: AbortElsewhere | EndElsewhere) -> None:
         task = asyncio.create_task(self._send_if_open(message))
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
-    async def _send_if_open(self, message: AbortElsewhere | EndElsewhere) -> None:
+    async def _send_if_open(self, message: AbortElsewhere | EndElsewhere | ForgetBodies) -> None:
         with contextlib.suppress(ChannelClosed):  # it has ended
             await self._channel.send(message)
 
@@ -127,6 +155,7 @@ class Predecessors:
     def add(self, channel: PredecessorChannel) -> None:
         """Follow one of them until it ends."""
         self._gateway.in_flight.elsewhere.append(channel)
+        self._gateway.request_log.elsewhere.append(channel)
         task = asyncio.create_task(self._follow(channel), name="predecessor")
         self._following[channel] = task
 
@@ -138,6 +167,7 @@ class Predecessors:
 
     def _remove(self, channel: PredecessorChannel) -> None:
         self._gateway.in_flight.elsewhere.remove(channel)
+        self._gateway.request_log.elsewhere.remove(channel)
         del self._following[channel]
 
     def end(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -21,6 +21,8 @@ from redbtc.handover.child import Child, NotTakenOver
 from redbtc.handover.messages import (
     AbortElsewhere,
     EndElsewhere,
+    ForgetBodies,
+    Forgot,
     Go,
     NeedsRestart,
     Offer,
@@ -33,12 +35,15 @@ from redbtc.handover.predecessors import PredecessorChannel, Predecessors
 from redbtc.server.connections import Connections
 from redbtc.server.listening import Server
 from redbtc.server.unix_socket import AdminServer
-from redbtc.store.turns import new_turns
+from redbtc.store.turns import TurnsFile, new_turns
+from redbtc.telemetry import log
 
 T = TypeVar("T")
 
 START_SECONDS = 600  # for the new process to be ready; it may migrate a copy of the ledger
 HANDOVER_SECONDS = 10  # for each further step
+FINISH_SECONDS = 60  # for the last report, and connections with large bodies
+ORPHAN_SECONDS = 30  # for requests in flight, if the new process has died
 REPORT_SECONDS = 0.02  # between two reports, unless looking for changes takes long:
 REPORT_SHARE = 0.02  # of the time may be spent on it
 
@@ -52,7 +57,7 @@ class Parts(NamedTuple):
     admin_server: AdminServer
     predecessors: Predecessors
     are_activated: bool  # the listeners of `server` are those of systemd
-    turns: int | None  # the file for turns to write, if another process writes already
+    turns: TurnsFile | None  # the file for turns to write, if another process writes already
 
 
 class Successor:
@@ -65,6 +70,8 @@ class Successor:
         self._is_abandoned = False
         self._reporter: Reporter | None = None  # None: the process begins when this one has ended
         self._left: list[PredecessorChannel] = []
+        self._forgetting: set[asyncio.Task[None]] = set()
+        self._is_own_turns = parts.turns is None  # the file for turns is of no other process
         self.needs_restart: NeedsRestart | None = None
         self.version = ""
         self.pid = 0
@@ -99,16 +106,12 @@ class Successor:
         """Open what the process gets, and return the message and the files. Raises OSError."""
         parts, store = self._parts, self._gateway.store
         with contextlib.ExitStack() as undo:
-            if parts.turns is None:
-                self._turns = new_turns(str(store.path.parent))
-                undo.callback(os.close, self._turns)
-            else:
-                self._turns = parts.turns
+            self._turns = parts.turns or new_turns(str(store.path.parent))
             dups = (contextlib.closing(each.dup()) for each in parts.server.listeners)
             self._listeners = [undo.enter_context(each) for each in dups]
             undo.pop_all()
         admin = parts.admin_server.listener
-        files = [*store.locks, self._turns, *(each.fileno() for each in self._listeners)]
+        files = [*store.locks, self._turns.fileno(), *(each.fileno() for each in self._listeners)]
         if admin is not None:
             files.append(admin)
         offer = Offer(
@@ -122,8 +125,6 @@ class Successor:
     def _close_files(self) -> None:
         for each in self._listeners:
             each.close()
-        if self._parts.turns is None:
-            os.close(self._turns)
 
     @contextlib.asynccontextmanager
     async def _ended_on_failure(self, seconds: float, what: str) -> AsyncIterator[None]:
@@ -172,7 +173,8 @@ class Successor:
                 undo.pop_all()
         except (StorageUnavailable, OSError) as error:
             await self.abandon()
-            raise NotTakenOver(f"the ledger can't be handed over: {error}") from None
+            reason = str(error) or "its disk does not answer"
+            raise NotTakenOver(f"the ledger can't be handed over: {reason}") from None
         except BaseException:
             await self.abandon()
             raise
@@ -197,6 +199,8 @@ class Successor:
 
     async def _stop_admitting(self, undo: contextlib.AsyncExitStack) -> None:
         parts, again = self._parts, [each.dup() for each in self._listeners]
+        undo.callback(setattr, self._gateway, "admits", True)
+        self._gateway.admits = False
         parts.server.stop_accepting()
         undo.push_async_callback(parts.server.accept_on, again)
         leaving = self._leaving = LeavingConnections(parts.server, parts.connections)
@@ -221,11 +225,13 @@ class Successor:
         background = LeftResponses(gateway.background)
         undo.push_async_callback(background.take_back)
         await background.begin()
-        undo.callback(self._take_back_ledger)
-        gateway.store.share(self._turns)
-        await gateway.request_log.share(self._turns)
+        # First: when the last of them ends, this process writes without turns.
         left = await parts.predecessors.leave()
         undo.callback(parts.predecessors.take_back, left)
+        undo.callback(self._take_back_ledger)
+        async with asyncio.timeout(HANDOVER_SECONDS):
+            await gateway.store.share(self._turns)
+        await gateway.request_log.share(self._turns)
         self._state = state_to_tell(parts.service, background, [each for _, each, _ in left])
         self._state_files = [file for _, _, files in left for file in files]
         self._reporter = Reporter(gateway, background, self._state.in_flight)
@@ -233,22 +239,28 @@ class Successor:
 
     def _take_back_ledger(self) -> None:
         store = self._gateway.store
-        store.take_back()
-        if self._parts.turns is None:
-            store.write_alone()
-            self._gateway.request_log.write_alone()
+        try:
+            store.take_back()
+        finally:
+            if self._is_own_turns:
+                store.write_alone()
+                self._gateway.request_log.write_alone()
 
     # Afterwards
 
     async def follow(self) -> None:
         """Hand over connections, report what ends here if the process wants to know, and abort what
-        it asks for, until it has ended."""
+        it asks for, until it has ended. Then nobody serves, and no gateway can start before this
+        process has ended: abort what does not end before long."""
         for channel in self._left:
             channel.close()
         if self._reporter:
             self._gateway.upstreams.take_no_more()
         with contextlib.suppress(ChannelClosed):
             await asyncio.gather(self._report(), self._listen())
+        log(logging.ERROR, "successor died", pid=self.pid, seconds=ORPHAN_SECONDS)
+        await asyncio.sleep(ORPHAN_SECONDS)
+        self._gateway.stop()
 
     async def _report(self) -> None:
         while True:
@@ -268,8 +280,9 @@ class Successor:
 
     async def finish(self) -> None:
         """InFlightReport for the last time: nothing is in flight any more."""
-        with contextlib.suppress(ChannelClosed):
-            await self.report()
+        with contextlib.suppress(ChannelClosed, TimeoutError):
+            async with asyncio.timeout(FINISH_SECONDS):
+                await self.report()
 
     async def _listen(self) -> None:
         while True:
@@ -280,3 +293,18 @@ class Successor:
                 self._gateway.background.cancel(message.owner_id)
             elif isinstance(message, EndElsewhere):
                 self._gateway.stop()
+            elif isinstance(message, ForgetBodies):
+                task = asyncio.create_task(self._forget(message), name="forget bodies")
+                self._forgetting.add(task)
+                task.add_done_callback(self._forgetting.discard)
+
+    async def _forget(self, message: ForgetBodies) -> None:
+        """Do what the message asks for, and say when it is done. Otherwise, the other process says
+        that it is not."""
+        bodies, account_id, key_id = self._gateway.request_log, message.account_id, message.key_id
+        with contextlib.suppress(StorageUnavailable, ChannelClosed):
+            if message.days is None:
+                await bodies.erase(account_id, key_id)
+            else:
+                await bodies.shorten(account_id, key_id, message.days, message.except_keys)
+            await self._channel.send(Forgot(message.number))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
+import inspect
 from collections.abc import Callable
 
 from redbtc.headers import BAD_IN_VALUE, Headers, header
@@ -22,6 +23,14 @@ def _status_line(status: int) -> bytes:
 
 
 STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
+
+
+def has_not_begun(task: asyncio.Task[None]) -> bool:
+    """Return whether a task has not begun to run."""
+    coroutine = task.get_coro()
+    return inspect.iscoroutine(coroutine) and (
+        inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
+    )
 
 
 def _is_end(message: Message) -> bool:
@@ -119,10 +128,12 @@ class RequestCycle:
 
     def rebuilt(self) -> bytes | None:
         """Return what has arrived of the request, in a form from which another process can serve
-        it. Return None if it is admitted or refused already, or is not one that can be served
-        anew."""
+        it. Return None if it is admitted or refused already, or is being served and can't be
+        served anew."""
         received = self.request.received
-        if received is None or self.started or self._failure:
+        if self.request.refusal or self.started or self._failure:
+            return None
+        if received is None and not (self.task and has_not_begun(self.task)):
             return None
         scope, dropped = self.scope, b"" if self._expects_continue else b"expect"
         target = scope["raw_path"]
@@ -130,8 +141,9 @@ class RequestCycle:
             target += b"?" + scope["query_string"]
         head = [b"%b %b HTTP/%b\r\n" % (scope["method"].encode(), target, self._version)]
         head += [b"%b: %b\r\n" % line for line in scope["headers"] if line[0] != dropped]
-        body = b"".join([*received.as_client_sent(), self._body])
-        return b"".join([*head, b"\r\n", self.framing.rebuilt(body)])
+        taken = received.as_client_sent() if received else ()
+        body = self.framing.rebuilt(b"".join([*taken, self._body]))
+        return b"".join([*head, b"\r\n", body])
 
     @property
     def _version(self) -> bytes:

@@ -31,7 +31,7 @@ from redbtc.store.opening import Migrated, Serving, claim, claim_joined, configu
 from redbtc.store.readers import Readers
 from redbtc.store.spill import Spill
 from redbtc.store.takeover import interruption, interruption_of, latest_time, write_owed
-from redbtc.store.turns import LEDGER, WriteTurns
+from redbtc.store.turns import LEDGER, TurnsFile, WriteTurns
 from redbtc.store.wal import WalFile
 from redbtc.store.writer import SQLStatement, Writer
 
@@ -83,7 +83,7 @@ class Store:
         self.look_up, self.look_up_all = readers.look_up, readers.look_up_all
         self.rows, self.one = readers.rows, readers.one
         self.snapshot, self.snapshot_to_check = readers.snapshot, readers.snapshot_to_check
-        self.changes = 0  # administrative ones, that were tried
+        self.changes = 0  # administrative ones, that were written or have failed
         self.locks: tuple[int, int]  # the open files of the lock and the database
         self._spill: Spill
         self._writer = writer
@@ -168,10 +168,12 @@ class Store:
         self.run = await self._writer.value(LATEST_RUN)
         self._spill.reserve()
 
-    def share(self, turns: int) -> None:
+    async def share(self, turns: TurnsFile) -> None:
         """From now on, wait for a turn before each write: another process begins to write as well,
-        and gets the spill file. `turns` is a file of new_turns. Raises OSError."""
+        and gets the spill file. Return once no write without a turn is under way. Raises
+        OSError."""
         self._writer.turns = WriteTurns(turns, LEDGER)
+        await self._writer.until_idle()
         self._spill.use(Spill(self.path, str(os.getpid())))
 
     def write_alone(self) -> None:
@@ -181,9 +183,10 @@ class Store:
     def take_back(self) -> None:
         """Undo what `share` does with the spill file: no other process has taken over. Raises
         OSError."""
-        aside = self._spill.path
-        self._spill.use(Spill(self.path))
-        aside.unlink(missing_ok=True)
+        aside, own = self._spill.path, Spill(self.path)
+        if aside != own.path:
+            self._spill.use(own)
+            aside.unlink(missing_ok=True)
 
     async def finish_for(self, process: int, request_ids: Collection[str]) -> None:
         """Write what a process could not that has ended: what its spill file has, and that these of
@@ -258,10 +261,14 @@ class Store:
         StorageUnavailable if the commit fails or takes longer than `seconds` (None:
         TRANSACT_SECONDS); then it may still succeed later."""
         if by is not None:
-            self.changes += 1
             statements = ((SIGN, (by, self.time())), *statements, (UNSIGN, ()))
-        changed = await self._committed(self._writer.write(statements), seconds or TRANSACT_SECONDS)
+        writing = self._writer.write(statements)
+        writing = writing if by is None else with_count(writing, self._count_change)
+        changed = await self._committed(writing, seconds or TRANSACT_SECONDS)
         return changed[-1 if by is None else -2]
+
+    def _count_change(self) -> None:
+        self.changes += 1
 
     async def transact_step(self, *statements: SQLStatement) -> float:
         """Execute statements as `transact` does, but without waiting for the disk: a power loss may
@@ -294,6 +301,19 @@ class Store:
         now = self.time()
         await self.record(BEAT, (now,), retry_until_written=False)
         return now
+
+
+async def with_count(writing: Coroutine[Any, Any, T], count: Callable[[], None]) -> T:
+    """Write, and call `count` once that is done, even if it is later than anybody waits for it."""
+
+    def note(done: asyncio.Task[T]) -> None:
+        count()
+        if not done.cancelled():
+            done.exception()  # it is seen, though nobody may wait for it any more
+
+    task = asyncio.create_task(writing)
+    task.add_done_callback(note)
+    return await asyncio.shield(task)
 
 
 async def end(commits: Commits, spill: Spill) -> None:

@@ -184,6 +184,11 @@ class Objects:
         """Return what `growth_of` does for each object for which it is not 0."""
         return dict(self._growing)
 
+    @property
+    def are_writing(self) -> bool:
+        """Return whether the ledger may lack something of what this process knows of objects."""
+        return bool(self._claims)
+
     def growth_of(self, object_id: str) -> int:
         """Return how many tokens requests that have not ended can add to an object."""
         return self._growing[object_id]

@@ -28,6 +28,7 @@ from redbtc.store.failures import (
 from redbtc.store.files import Identity, identity_of, lock_database, take_lock_file
 from redbtc.store.schema import APPLICATION_ID, migrations, schema
 from redbtc.store.spill import Spill, left_spills
+from redbtc.store.turns import TurnsFile
 from redbtc.store.versions import refuse_newer
 from redbtc.store.wal import KEPT_WAL_BYTES, file_size, wal_of
 from redbtc.store.writer import Writer
@@ -52,7 +53,7 @@ class JoinedFiles(NamedTuple):
 
     lock_file: int
     database: int
-    turns: int
+    turns: TurnsFile
 
 
 class SchemaChanges(UserError):

@@ -19,16 +19,31 @@ LEDGER: Database = 0
 REQUEST_LOG_DATABASE: Database = 1
 
 
-def new_turns(folder: str) -> int:
-    """Return a file for turns, open and without a name. Raises OSError."""
+class TurnsFile:
+    """An open file for turns. It is closed when nothing refers to it any more: a thread that has a
+    turn does, and would lose the turn with any descriptor of the file that this process closes."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def fileno(self) -> int:
+        """Return the file's descriptor."""
+        return self._file
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+
+def new_turns(folder: str) -> TurnsFile:
+    """Return a file for turns, without a name. Raises OSError."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        return os.dup(file.fileno())
+        return TurnsFile(os.dup(file.fileno()))
 
 
 class WriteTurns:
     """The turns of one database of this process. One thread uses them."""
 
-    def __init__(self, file: int, database: Database) -> None:
+    def __init__(self, file: TurnsFile, database: Database) -> None:
         self._file = file
         self._database = database
 

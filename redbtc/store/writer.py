@@ -87,6 +87,10 @@ class Writer(DatabaseConnection):
         self._write(statements, "normal")
         return time.perf_counter() - began
 
+    async def until_idle(self) -> None:
+        """Return once the writes have ended that were begun before."""
+        await self._execute(bool)  # type: ignore[no-untyped-call]
+
     async def value(self, sql: str) -> Any:
         """Return the first value of the first row of a query, None if there is no row."""
         async with self.execute(sql) as cursor:

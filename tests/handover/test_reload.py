@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
+from tests.helpers.logins import new_user
 from tests.helpers.programs import copy_of_program
 from tests.helpers.reloading import Adopted, reload
 from tests.helpers.steady_load import CountingUpstream, SteadyLoad
@@ -267,6 +269,86 @@ def test_a_new_process_that_is_too_late_does_not_serve(
         assert [post_once(gateway, key) for _ in range(3)] == [200] * 3
         assert gateway.log().count('"serving"') == 1
         assert gateway.terminate() == 0
+    finally:
+        gateway.kill()
+
+
+SLOWLY = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import asyncio
+from redbtc.billing.billing import Billing
+
+payments = Billing.payments
+
+async def slowly(*values):
+    await asyncio.sleep(4)
+    return await payments(*values)
+
+Billing.payments = slowly
+"""
+
+
+def test_commands_and_pages_are_answered_by_the_process_that_has_begun(
+    make_gateway: MakeGateway,
+) -> None:
+    """They are not in flight at an upstream, and can take a while: db purge, account terminate."""
+    gateway = make_gateway()
+    gateway.prelude = SLOWLY
+    gateway.start()
+    login = new_user(gateway, "a@example.com")
+    with ThreadPoolExecutor(2) as pool, contextlib.closing(login.client):
+        asked = pool.submit(gateway.api, "GET", "/payments")
+        shown = pool.submit(login.get, "/admin/v1/payments")
+        time.sleep(0.2)
+        before = reload(gateway)
+        assert not asked.done()
+        assert asked.result() == {"payments": []}
+        assert shown.result().json() == {"payments": []}
+        assert before.wait() == 0
+
+
+LINGERS = """
+self._channel.close()
+            open("asleep", "w").write(str(os.getpid()))
+            import time
+            time.sleep(300)
+"""
+
+
+def test_requests_are_settled_while_a_new_process_that_lingers_is_ended(
+    tmp_path: Path, upstream: Upstream, fork_server: None
+) -> None:
+    """It has the file for turns, and is killed before the old process writes without them."""
+    root = copy_of_program(tmp_path / "program")
+    child, joining = root / "redbtc/handover/child.py", root / JOINING
+    child.write_text(child.read_text().replace("CHILD_END_SECONDS = 10", "CHILD_END_SECONDS = 2"))
+    gateway = Gateway(tmp_path / "gateway", upstream.url, root=root).start()
+    key, release = gateway.new_key(), threading.Event()
+    upstream.script = held_until(release)
+    old = "await gateway.store.begin_run()"
+    assert old in joining.read_text()
+    joining.write_text(joining.read_text().replace(old, f"{old}\n            {LINGERS.strip()}"))
+    try:
+        with (
+            ThreadPoolExecutor(1) as pool,
+            gateway.client(key) as client,
+            client.stream("POST", "/responses", json=STREAM) as stream,
+        ):
+            lines = stream.iter_lines()
+            next(lines)
+            done = pool.submit(run_elsewhere, gateway)
+            wait_until((gateway.folder / "asleep").exists)
+            time.sleep(0.2)  # the old process has noticed
+            release.set()
+            assert any("response.completed" in line for line in lines)
+            assert not done.done()
+            assert done.result().returncode == 1
+        assert not psutil.pid_exists(int((gateway.folder / "asleep").read_text()))
+        assert post_once(gateway, key) == 200
+        assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 2
+        assert "ledger" not in gateway.flushed_log()
+        assert not list(gateway.folder.glob("*.owed-*"))
     finally:
         gateway.kill()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -15,17 +16,27 @@ import httpx2
 import psutil
 import pytest
 
+from redbtc.errors import StorageUnavailable
+from redbtc.gateway.handover.telling import changed, not_less
+from redbtc.locations import ObjectLocation
+from redbtc.store.database import Store
+from redbtc.store.objects import Objects
+from redbtc.store.writer import Writer
 from tests.handover.test_reload import RESPONSE, STREAM, held_until
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, toml, wait_until
 from tests.helpers.reloading import reload
+from tests.helpers.turns import steer
 from tests.helpers.upstream import (
     Received,
     Reply,
+    Socket,
     Upstream,
     json_answer,
     response_object,
+    ws_events,
 )
 from tests.helpers.webhook import SECRET, receiving
+from tests.helpers.websocket_client import client
 
 pytestmark = pytest.mark.promise_4
 
@@ -33,11 +44,11 @@ pytestmark = pytest.mark.promise_4
 class HeldStream:
     """A stream of which the end is held back."""
 
-    def __init__(self, gateway: Gateway, upstream: Upstream, key: str) -> None:
+    def __init__(self, gateway: Gateway, upstream: Upstream, key: str, **more: Any) -> None:
         self.release = threading.Event()
         upstream.script = held_until(self.release)
         self._client = gateway.client(key)
-        self._stream = self._client.stream("POST", "/responses", json=STREAM)
+        self._stream = self._client.stream("POST", "/responses", json={**STREAM, **more})
 
     def __enter__(self) -> HeldStream:
         self.response = self._stream.__enter__()
@@ -112,6 +123,37 @@ def test_a_hold_counts_until_the_request_has_its_cost(
     assert float(shown["held"]) == 0
 
 
+def test_no_response_is_steered_in_a_process_that_does_not_know_the_balance(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """The new process may have held what is left for other requests."""
+    done = threading.Event()
+
+    async def talk(sock: Socket) -> None:
+        created, delta, completed = ws_events(1, await sock.recv())
+        await sock.send(created, delta)
+        while not done.is_set():
+            await asyncio.sleep(0.01)
+        await sock.send(completed)
+
+    upstream.talk = talk
+    gateway = make_gateway(PRICED).start()
+    key = gateway.new_key()
+    gateway.cli("price", "add", "*", "--input", "0", "--output", "1000")
+    gateway.cli("payment", "add", "test", "2.5")
+    with client(gateway, key) as ws:
+        ws.send(max_output_tokens=1000)  # at most 1 USD
+        ws.until("response.output_text.delta")
+        reload(gateway)
+        with HeldStream(gateway, upstream, key, max_output_tokens=1000) as stream:
+            ws.raw(steer(1))
+            assert ws.recv(20)["error"]["code"] == "draining"
+            assert gateway.cli("account", "show", "test")["held"] == "2"
+            done.set()
+            assert ws.completed()["id"] == "resp_ws_1"
+            assert "response.completed" in stream.finish()
+
+
 def test_a_compromised_key_cuts_what_the_old_process_has(
     gateway: Gateway, upstream: Upstream, key: str
 ) -> None:
@@ -165,6 +207,38 @@ def test_a_killed_old_process_leaves_nothing_taken(
     assert len(gateway.rows()) == 2
 
 
+SOON = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.handover import successor
+
+successor.ORPHAN_SECONDS = 1
+"""
+
+
+def test_a_killed_new_process_leaves_the_way_free(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """The old one still writes, so no gateway can start until it has ended."""
+    gateway = make_gateway()
+    gateway.prelude = SOON
+    key = gateway.start().new_key()
+    with HeldStream(gateway, upstream, key) as stream:
+        before = reload(gateway)
+        gateway.kill()
+        gateway.wait_for_log('"successor died"')
+        with pytest.raises(httpx2.HTTPError):
+            for _ in stream.lines:
+                pass
+    assert before.wait() == 0
+    gateway.past.clear()
+    upstream.script = json_answer(response_object())
+    gateway.start()
+    assert post(gateway, key).status_code == 200
+    first, second = gateway.rows()
+    assert (first["outcome"], second["outcome"]) == ("interrupted", "completed")
+
+
 def test_a_background_response_is_asked_for_by_the_new_process(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
@@ -191,6 +265,54 @@ def test_a_background_response_is_asked_for_by_the_new_process(
     wait_until(lambda: gateway.row()["outcome"] == "completed")
     assert gateway.row()["usage_source"] == "upstream"
     assert len(gateway.rows()) == 1
+
+
+def test_a_change_counts_once_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new process reads the ledger again when the old one says that it has changed something,
+    such as a payment: before the commit, there is nothing new to read."""
+    write = Writer._write
+
+    def slowly(self: Writer, *values: Any) -> list[int]:
+        time.sleep(0.2)
+        return write(self, *values)
+
+    async def run() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            monkeypatch.setattr(Writer, "_write", slowly)
+            changing = asyncio.create_task(store.transact(("DELETE FROM sessions", ()), by="x"))
+            await asyncio.sleep(0.1)
+            assert store.changes == 0
+            await changing
+            assert store.changes == 1
+            with pytest.raises(StorageUnavailable):
+                await store.transact(("DELETE FROM sessions", ()), by="x", seconds=0.1)
+            assert store.changes == 1
+            await asyncio.sleep(0.2)
+            assert store.changes == 2
+
+    asyncio.run(run())
+
+
+def test_growth_ends_once_the_ledger_has_what_was_added(tmp_path: Path) -> None:
+    """A conversation's tokens are written without waiting for the disk."""
+
+    async def run() -> None:
+        async with Store.open(tmp_path / "redbtc.db", "normal") as store:
+            objects = Objects(store)
+            objects.grow({"conv_1": 5, "conv_2": 7})
+            before = objects.growing()
+            objects.own(["conv_1"], "acct_1", ObjectLocation("test", tokens=5))
+            objects.stop_growing({"conv_1": 5})
+            assert objects.are_writing
+            assert not_less(before, objects.growing()) == before
+            await store.settle_time()
+            await asyncio.sleep(0)
+            assert not objects.are_writing
+            assert changed(before, objects.growing()) == {"conv_1": 0}
+
+    asyncio.run(run())
 
 
 def test_an_upstream_that_is_out_stays_out(make_gateway: MakeGateway, upstream: Upstream) -> None:
@@ -237,6 +359,25 @@ def test_logged_bodies_are_whole(make_gateway: MakeGateway, upstream: Upstream) 
     wait_until(lambda: "response.completed" in shown(gateway, request_id))
     assert "request log unavailable" not in gateway.log()
     wait_until(lambda: '"completed"' in shown(gateway, other))
+
+
+def test_erased_bodies_do_not_come_back_from_the_old_process(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway().start()
+    key = gateway.new_key()
+    gateway.cli("account", "log", "test", "--days", "1")
+    with HeldStream(gateway, upstream, key, instructions="canary-of-the-prompt") as stream:
+        before = reload(gateway)
+        request_id = stream.response.headers["x-redbtc-request-id"]
+        gateway.cli("account", "log", "test", "--off", "--purge")
+        assert "response.completed" in stream.finish()
+    assert before.wait() == 0
+    gateway.wait_for_log('"predecessor ended"')
+    assert gateway.run("usage", "show", request_id, "--response").returncode == 1
+    for file in gateway.folder.glob("request_log.db*"):
+        for text in (b"canary", b"response.completed"):
+            assert text not in file.read_bytes()
 
 
 def shown(gateway: Gateway, request_id: str) -> str:

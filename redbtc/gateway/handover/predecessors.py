@@ -133,6 +133,7 @@ class Predecessor:
         await gateway.store.finish_for(self.pid, self.rows)
         for payer, cost in await costs_of(gateway.store, self.rows - self._billed):
             gateway.billing.totals.spend(payer, cost)
+        self._billed = set(self.rows)  # should this have to be done again
         await gateway.background.take_up(self.followed)
         self.release()
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 from redbtc.gateway.background_leaving import LeftResponses
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.handover.state import (
+    Amounts,
     BucketState,
     CounterState,
     EarlierState,
@@ -98,6 +99,8 @@ class Reporter:
         """Return what has changed, None if nothing has."""
         gateway, before = self._gateway, self._told
         now = in_flight_state(gateway, self._left)
+        if gateway.objects.are_writing:
+            now.growth = not_less(before.growth, now.growth)
         drawn, cost, changes = self._drawn_now(), self._cost_now(), gateway.store.changes
         report = InFlightReport(
             places=changed(before.places, now.places),
@@ -150,6 +153,12 @@ class Reporter:
 
     def _cost_now(self) -> dict[Payer, int]:
         return {payer: each.cost for payer, each in self._gateway.billing.totals.known()}
+
+
+def not_less(before: Amounts, now: Amounts) -> Amounts:
+    """Return the present growth, but no less than before: the other process must not take it for
+    ended before it can read in the ledger what has become of it."""
+    return now | {name: max(amount, now.get(name, 0)) for name, amount in before.items()}
 
 
 def changed(before: dict[AmountName, int], now: dict[AmountName, int]) -> dict[AmountName, int]:

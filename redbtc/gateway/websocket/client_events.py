@@ -99,6 +99,8 @@ class ClientEvents:
     async def _steer(self, event: ClientEvent, admission: Admission) -> None:
         """Add input to a response that is in flight on this connection. Raises Refusal,
         ConnectionClosed."""
+        if not self._gateway.admits:
+            raise Refusal("draining")
         event.check_steering()
         response_id = event.facts.previous_response_id or ""
         if event.offers_tools:

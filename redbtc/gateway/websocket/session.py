@@ -80,6 +80,8 @@ async def serve_websocket(
         session = WebSocketSession(gateway, handshake, key, receive, send)
         gateway.websockets.add(session)
         try:
+            if not gateway.admits:
+                session.expire()
             with gateway.in_flight.abortable(key, handshake.client.abort):
                 await session.run()
         except OSError:

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from redbtc.config import Settings
 from redbtc.errors import StorageUnavailable
@@ -27,10 +27,21 @@ from redbtc.store.request_log.recording import PartQueue, Recording
 from redbtc.store.request_log.results import LoggedCount, LoggedRequest, Purged
 from redbtc.store.request_log.worker import Worker
 from redbtc.store.schema import REQUEST_LOG
-from redbtc.store.turns import REQUEST_LOG_DATABASE, WriteTurns
+from redbtc.store.turns import REQUEST_LOG_DATABASE, TurnsFile, WriteTurns
 from redbtc.times import DAY, now_ms
 
 T = TypeVar("T")
+
+
+class LogElsewhere(Protocol):
+    """Another process that stores bodies of its requests in flight."""
+
+    async def forget_bodies(
+        self, account_id: str, key_id: str | None, days: int | None, except_keys: Collection[str]
+    ) -> None:
+        """Let it do what RequestLog.erase does, or with `days` what RequestLog.shorten does. Return
+        once it has, or has ended. Raises StorageUnavailable."""
+
 
 MAX_WAITING_BYTES = 32 << 20  # of parts that are not written yet, unless a body can be larger
 LOG_CLOSE_SECONDS = 3.0
@@ -50,6 +61,7 @@ class RequestLog:
         self._queue = PartQueue(0)
         self._worker = Worker(path, self._queue, settings, log)
         self._recordings: set[Recording] = set()  # those that have not ended
+        self.elsewhere: list[LogElsewhere] = []
         self._use(settings)
 
     @classmethod
@@ -103,9 +115,9 @@ class RequestLog:
         self._start()
         return recording
 
-    async def share(self, turns: int) -> None:
+    async def share(self, turns: TurnsFile) -> None:
         """From now on, wait for a turn before each use of the file: another process uses it as
-        well. Return once it is not open here. `turns` is a file of new_turns."""
+        well. Return once it is not open here."""
         self._worker.turns = WriteTurns(turns, REQUEST_LOG_DATABASE)
         while not self._worker.is_closed and self._worker.thread.is_alive():
             self._queue.filled.set()
@@ -154,6 +166,8 @@ class RequestLog:
         program has the file open."""
         for recording in self._of(account_id, key_id):
             recording.stop()
+        for each in list(self.elsewhere):
+            await each.forget_bodies(account_id, key_id, None, ())
         work = functools.partial(erase_all_of, account_id=account_id, key_id=key_id)
         return await self._do(work, Purged(0, 0))
 
@@ -167,6 +181,8 @@ class RequestLog:
             if recording.key_id not in except_keys:
                 expires_at = recording.logged_at + days * DAY
                 recording.expires_at = min(recording.expires_at, expires_at)
+        for each in list(self.elsewhere):
+            await each.forget_bodies(account_id, key_id, days, except_keys)
         keys = json.dumps(list(except_keys))
         work = functools.partial(
             shorten_life, account_id=account_id, key_id=key_id, days=days, except_keys=keys

@@ -61,8 +61,11 @@ class Worker:
     def _run(self) -> None:
         while not self._queue.is_closed:
             self._wait()
-            with self._having_turn():
+            with self._having_turn() as in_turn:
                 self._turn()
+                while in_turn and self._jobs and not self._queue.is_closed:
+                    self._wait()  # the job goes on in the file that it has begun in
+                    self._turn()
         self._take_out()
         for state in self._states.values():
             state.end()
@@ -73,16 +76,16 @@ class Worker:
         self._close_file()
 
     @contextlib.contextmanager
-    def _having_turn(self) -> Iterator[None]:
+    def _having_turn(self) -> Iterator[bool]:
         """While another process writes the log as well, wait for a turn, and close the file at its
-        end: only one process can have it open."""
+        end: only one process can have it open. Give whether that is so."""
         turns = self.turns
         if turns is None:
-            yield
+            yield False
             return
         turns.take()
         try:
-            yield
+            yield True
         finally:
             self._close_file()
             turns.give_back()
