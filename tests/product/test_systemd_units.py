@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -148,6 +149,45 @@ def test_a_reload_changes_the_main_process(machine: Machine, key: str) -> None:
     assert '"stopping"' in machine.log()
 
 
+@contextmanager
+def changed_unit(machine: Machine, lines: str) -> Iterator[str]:
+    """Run the gateway with other lines in its unit; yield the id of its main process."""
+    drop_in = f"/etc/systemd/system/{SERVICE}.d/changed.conf"
+    machine.write(drop_in, f"[Service]\n{lines}\n")
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", SERVICE)
+    try:
+        wait_until(lambda: curl(machine, f"{URL}/healthz") == '{"status":"ok"}')
+        yield machine.shown(SERVICE, "MainPID")
+    finally:
+        machine.run("rm", drop_in)
+        machine.systemctl("daemon-reload")
+        machine.systemctl("restart", SERVICE)
+
+
+RELOAD = ("redbtc-proxy", "--config", "/etc/redbtc-proxy/config.toml", "reload")
+
+
+def test_a_unit_that_is_told_nothing_is_not_reloaded(machine: Machine, key: str) -> None:
+    """With Type=simple, systemd would end the service with the old process."""
+    with changed_unit(machine, "Type=simple\nNotifyAccess=none\nWatchdogSec=0") as before:
+        done = machine.run(*RELOAD, status=1)
+        assert "set Type=notify and NotifyAccess=all" in done.stderr
+        assert machine.shown(SERVICE, "MainPID") == before
+        assert curl(machine, f"{URL}/v1/models", "-H", f"Authorization: Bearer {key}", "-f")
+
+
+def test_a_unit_that_believes_only_the_main_process_is_reloaded(machine: Machine, key: str) -> None:
+    with changed_unit(machine, "Type=notify\nNotifyAccess=main") as before:
+        for _ in range(2):
+            machine.run(*RELOAD)
+            before = new_main_process(machine, before)
+            wait_until(lambda pid=before: machine.shown(SERVICE, "MainPID") == pid)
+            assert curl(machine, f"{URL}/v1/models", "-H", f"Authorization: Bearer {key}", "-f")
+        time.sleep(1)  # systemd ends a service whose main process has ended
+        assert machine.shown(SERVICE, "ActiveState") == "active"
+
+
 def test_the_watchdog_ends_what_stands_still(machine: Machine) -> None:
     machine.write(f"/etc/systemd/system/{SERVICE}.d/watchdog.conf", "[Service]\nWatchdogSec=3\n")
     machine.systemctl("daemon-reload")
@@ -226,7 +266,7 @@ def test_a_backup_is_restored_as_printed(machine: Machine, key: str) -> None:
     accounts = json.loads(command(machine, "account", "list", "--json"))["accounts"]
     machine.systemctl("start", BACKUP)
     command(machine, "account", "add", "later")
-    machine.run("sh", "-euc", printed("systemctl stop"))
+    machine.run("sh", "-euc", printed('db restore "$backup"\nsystemctl start'))
     assert machine.shown(SERVICE, "ActiveState") == "active"
     restored = json.loads(command(machine, "account", "list", "--json"))["accounts"]
     assert [each["name"] for each in restored] == [each["name"] for each in accounts]
