@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -227,7 +228,8 @@ def lines_of(found: PriceDiff, file: Path | None) -> list[str]:
     if (more := len(found.problems) - MAX_SHOWN_PROBLEMS) > 0:
         lines.append(f"Left out {more} more; --json lists them.")
     if file:
-        lines.append(f"Wrote {file}. Check it, then run: redbtc-proxy price import {file}")
+        name = shlex.quote(str(file))
+        lines.append(f"Wrote {file}. Check it, then run: redbtc-proxy price import {name}")
     elif found.changes:
         lines.append("Nothing was changed. To get a file for price import, add --to FILE.")
     return lines
@@ -250,8 +252,8 @@ def toml_of(changed: list[ChangedPrice], compared: ComparedList) -> str:
         f"# (price diff, {today:%Y-%m-%d}). Check it, then run redbtc-proxy price import FILE.",
         "# A price with `effective` is an increase for a model in use, which needs a notice.",
         "",
-        f"currency = {json.dumps(compared.currency)}",
-        f"source = {json.dumps(source)}",
+        f"currency = {toml_string(compared.currency)}",
+        f"source = {toml_string(source)}",
         "",
         "prices = [",
         *(f"  {inline_table(each, effective)}," for each in changed),
@@ -263,23 +265,30 @@ def toml_of(changed: list[ChangedPrice], compared: ComparedList) -> str:
 def inline_table(changed: ChangedPrice, effective: str) -> str:
     """Return a price as a table of TOML in one line. Amounts have all their digits."""
     new = changed.price
-    parts = [f"model = {json.dumps(new.model)}"]
+    parts = [f"model = {toml_string(new.model)}"]
     if new.tier != DEFAULT_TIER:
-        parts.append(f"tier = {json.dumps(new.tier)}")
+        parts.append(f"tier = {toml_string(new.tier)}")
     if new.above_input_tokens:
         parts.append(f"above_input_tokens = {new.above_input_tokens}")
     if changed.difference.needs_notice:
-        parts.append(f"effective = {json.dumps(effective)}")
+        parts.append(f"effective = {toml_string(effective)}")
     parts += [f"{name} = {value}" for name, value in json_rates(new.given).items()]
     return f"{{ {', '.join(parts)} }}"
 
 
+def toml_string(text: str) -> str:
+    """Return a text as a string of TOML, which, unlike JSON, has no escapes for halves of a
+    character, and no DEL as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def write_list(path: Path, text: str) -> None:
     """Write a file that does not exist. Raises UserError."""
+    content = text.encode()
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        with open(file, "w", encoding="utf-8") as opened:
-            opened.write(text)
+        with open(file, "wb") as opened:
+            opened.write(content)
     except FileExistsError:
         raise UserError(f"{path} exists; choose another file, or remove it") from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -36,5 +37,6 @@ def _shown(path: str) -> str:
     found = shutil.which(name)
     if found and os.path.samefile(found, path):
         return shlex.quote(name)
-    relative, absolute = os.path.relpath(path), os.path.abspath(path)
-    return shlex.quote(min(relative, absolute, key=len))
+    with contextlib.suppress(FileNotFoundError):  # the current folder was removed
+        path = min(os.path.relpath(path), os.path.abspath(path), key=len)
+    return shlex.quote(path)
