@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from redbtc.billing.records import ModelsInUse, PriceList, PriceShown, PriceSlot
 from redbtc.cli.main import CommandContext, json_option, plain, show, table
 from redbtc.cli.money import price, prices_in_toml
 from redbtc.cli.price_sources import LITELLM_URL, read_price_list
+from redbtc.codex.config_toml import toml_string
 from redbtc.errors import UserError
 from redbtc.money import parse_amount
 from redbtc.rates import DEFAULT_TIER, RATES
@@ -246,9 +246,10 @@ def toml_of(changed: list[ChangedPrice], compared: ComparedList) -> str:
     today = datetime.fromtimestamp(compared.at / 1000, UTC)
     later = today + timedelta(days=compared.notice_days + 2)
     effective = f"{later:%Y-%m-%d}T00:00:00Z"
-    source = plain(f"{compared.source}, {today:%Y-%m-%d}")[-MAX_SOURCE:]
+    name = plain(compared.source.encode(errors="replace").decode())
+    source = f"{name}, {today:%Y-%m-%d}"[-MAX_SOURCE:]
     lines = [
-        f"# What changes with the prices of {plain(compared.source)}",
+        f"# What changes with the prices of {name}",
         f"# (price diff, {today:%Y-%m-%d}). Check it, then run redbtc-proxy price import FILE.",
         "# A price with `effective` is an increase for a model in use, which needs a notice.",
         "",
@@ -274,12 +275,6 @@ def inline_table(changed: ChangedPrice, effective: str) -> str:
         parts.append(f"effective = {toml_string(effective)}")
     parts += [f"{name} = {value}" for name, value in json_rates(new.given).items()]
     return f"{{ {', '.join(parts)} }}"
-
-
-def toml_string(text: str) -> str:
-    """Return a text as a string of TOML, which, unlike JSON, has no escapes for halves of a
-    character, and no DEL as it is."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def write_list(path: Path, text: str) -> None:

@@ -182,7 +182,6 @@ def test_a_unit_that_believes_only_the_main_process_is_reloaded(machine: Machine
         for _ in range(2):
             machine.run(*RELOAD)
             before = new_main_process(machine, before)
-            wait_until(lambda pid=before: machine.shown(SERVICE, "MainPID") == pid)
             assert curl(machine, f"{URL}/v1/models", "-H", f"Authorization: Bearer {key}", "-f")
         time.sleep(1)  # systemd ends a service whose main process has ended
         assert machine.shown(SERVICE, "ActiveState") == "active"
