@@ -99,12 +99,13 @@ def answers(gateway: Gateway) -> bool:
 def beside(first: int) -> Iterator[None]:
     """Run something else in the container, which no signal to the first process may end."""
     command = [needs("nsenter"), "-t", str(first), "-p", "-m", "--", "sleep", "300"]
-    with subprocess.Popen(command, start_new_session=True) as process:
+    with subprocess.Popen(command) as process:
         try:
             yield
             assert process.poll() is None
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            for each in children(process.pid):  # its parent has to read its status
+                os.kill(each, signal.SIGKILL)
 
 
 def children(pid: int) -> set[int]:
@@ -134,19 +135,19 @@ def test_the_first_process_of_a_container_passes_signals_on(
     key = gateway.new_key()
     chat = {"model": "m", "messages": [], "stream": True}
     with (
-        beside(first),
         gateway.client(key) as client,
         client.stream("POST", "/chat/completions", json=chat) as stream,
     ):
         lines = stream.iter_lines()
         next(lines)
-        assert gateway.run("reload").returncode == 0
-        before = children(first)
-        os.kill(first, signal.SIGUSR2)  # is for the process that serves
-        gateway.wait_for_log('"handed over"', 2)
-        assert children(first) - before
-        os.kill(first, signal.SIGTERM)
-        wait_until(lambda: not answers(gateway))
+        with beside(first):
+            assert gateway.run("reload").returncode == 0
+            before = children(first)
+            os.kill(first, signal.SIGUSR2)  # is for the process that serves
+            gateway.wait_for_log('"handed over"', 2)
+            assert children(first) - before
+            os.kill(first, signal.SIGTERM)
+            wait_until(lambda: not answers(gateway))
         release.set()
         assert "data: [DONE]" in [*lines]
     assert gateway.wait() == 0
@@ -164,6 +165,6 @@ def test_the_waiting_program_passes_signals_on(make_gateway: MakeGateway) -> Non
         gateway.wait_for_log('"handed over"', 2)
         wait_until(lambda: answers(gateway))
         assert gateway.run("account", "list").returncode == 0
-        os.kill(first, signal.SIGTERM)
-        wait_until(lambda: not answers(gateway))
+    os.kill(first, signal.SIGTERM)
+    wait_until(lambda: not answers(gateway))
     assert gateway.wait() == 0
