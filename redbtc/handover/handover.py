@@ -72,7 +72,8 @@ class Handover:
             for channel in joining.take_channels():
                 predecessors.add(channel)
             self._serving_moved = asyncio.create_task(joining.serve_moved(server.adopt))
-        notify("READY=1", f"MAINPID={os.getpid()}")
+        if joining is None or joining.files is None:  # else the process before this one says so
+            notify("READY=1", f"MAINPID={os.getpid()}")
 
     def _write_alone(self) -> None:
         """No other process writes any more."""
@@ -163,8 +164,9 @@ class Handover:
             await successor.hand_over_at_the_end()
         else:
             await successor.hand_over()
-        if not restart:  # systemd may believe no process but the main one (NotifyAccess=main)
-            notify(f"MAINPID={successor.pid}", "READY=1")
+        # This process says it: systemd may believe no process but the main one (NotifyAccess=main),
+        # and waits at a stop only for its own child, which the new process is only now.
+        notify(f"MAINPID={successor.pid}", *([] if restart else ["READY=1"]))
         log(logging.INFO, "handed over", pid=successor.pid)
         self._successor = successor
         self._following = asyncio.create_task(successor.follow(), name="successor")

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from redbtc.store.schema import TRIGGERS, newest_version
 from tests.helpers.gateway import ROOT, wait_until
-from tests.helpers.machine import Machine, boot
+from tests.helpers.machine import VERSION, Machine, boot
+from tests.helpers.programs import ADDED
 from tests.helpers.tools import needs
 from tests.product.test_docs import DOCS, blocks
 
@@ -152,7 +154,7 @@ def test_a_reload_changes_the_main_process(machine: Machine, key: str) -> None:
 @contextmanager
 def changed_unit(machine: Machine, lines: str) -> Iterator[str]:
     """Run the gateway with other lines in its unit; yield the id of its main process."""
-    drop_in = f"/etc/systemd/system/{SERVICE}.d/changed.conf"
+    drop_in = f"/etc/systemd/system/{SERVICE}.d/z.conf"
     machine.write(drop_in, f"[Service]\n{lines}\n")
     machine.systemctl("daemon-reload")
     machine.systemctl("restart", SERVICE)
@@ -185,6 +187,47 @@ def test_a_unit_that_believes_only_the_main_process_is_reloaded(machine: Machine
             assert curl(machine, f"{URL}/v1/models", "-H", f"Authorization: Bearer {key}", "-f")
         time.sleep(1)  # systemd ends a service whose main process has ended
         assert machine.shown(SERVICE, "ActiveState") == "active"
+
+
+NEXT = f"""
+Environment=LD_LIBRARY_PATH=/opt/python/lib PYTHONPATH=/opt/packages PYTHONDONTWRITEBYTECODE=1
+ExecStart=
+ExecStart=/opt/python/bin/python{VERSION} /opt/current/redbtc_proxy.py \\
+    --config /etc/redbtc-proxy/next.toml serve --demo
+"""
+MAKE_NEXT = f"""
+mkdir /opt/next
+cp -r /opt/redbtc/redbtc /opt/redbtc/*.py /opt/redbtc/*.toml /opt/redbtc/deploy /opt/next
+sed '/^{TRIGGERS.strip()}/i -- version {newest_version() + 1}\\n\\n{ADDED}\\n' \\
+    /opt/redbtc/schema.sql > /opt/next/schema.sql
+ln -s redbtc /opt/current
+sed 's/redbtc.db/next.db/' /etc/redbtc-proxy/config.toml > /etc/redbtc-proxy/next.toml
+"""
+
+
+def test_a_version_that_migrates_takes_over(machine: Machine) -> None:
+    """The old process ends before the new one can serve; systemd must not end the service then."""
+    machine.run("sh", "-euc", MAKE_NEXT)
+    with changed_unit(machine, NEXT) as before:
+        machine.run("ln", "-sfn", "next", "/opt/current")
+        program = [*RELOAD[:2], "/etc/redbtc-proxy/next.toml", "reload", "--json"]
+        assert json.loads(machine.run(*program).stdout)["restarts"]
+        before = new_main_process(machine, before)
+        wait_until(lambda: curl(machine, f"{URL}/healthz") == '{"status":"ok"}')
+        machine.wait_until_shown(SERVICE, "StatusText", "Serving; requests in flight: 0")
+        assert machine.shown(SERVICE, "MainPID") == before
+        assert machine.shown(SERVICE, "NRestarts") == "0"
+        assert '"migrated"' in machine.log()
+
+
+def test_a_stop_after_a_reload_waits_for_the_new_process(machine: Machine) -> None:
+    """systemd kills at once a main process that is not its child when it hears of it."""
+    started(machine)
+    for _ in range(5):
+        machine.systemctl("start", SERVICE)
+        machine.run(*RELOAD)
+        machine.systemctl("stop", SERVICE)
+        assert machine.shown(SERVICE, "Result") == "success"
 
 
 def test_the_watchdog_ends_what_stands_still(machine: Machine) -> None:
