@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,8 +21,9 @@ import psutil
 import pytest
 
 from redbtc.release import RELEASE
-from tests.helpers.gateway import Gateway, MakeGateway, wait_until
+from tests.helpers.gateway import Gateway, MakeGateway, free_port, wait_until
 from tests.helpers.programs import NEXT_RELEASE, copy_of_program
+from tests.helpers.reloading import reload
 from tests.helpers.tools import needs
 from tests.helpers.upstream import Received, Reply, Upstream
 
@@ -168,3 +170,15 @@ def test_the_waiting_program_passes_signals_on(make_gateway: MakeGateway) -> Non
     os.kill(first, signal.SIGTERM)
     wait_until(lambda: not answers(gateway))
     assert gateway.wait() == 0
+
+
+def test_a_port_that_is_left_is_closed(gateway: Gateway) -> None:
+    """A copy of its socket that is still open would take connections that nobody serves."""
+    left, gateway.port = gateway.port, free_port()
+    gateway.url = f"http://127.0.0.1:{gateway.port}"
+    gateway.configure()
+    before = reload(gateway)
+    wait_until(lambda: answers(gateway))
+    assert before.wait(30) == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", left), 5)
