@@ -34,6 +34,7 @@ bench: $(VENV)/dev ## Repeat the measurements that README and docs quote (needs 
 	$(RUN) bench/bench.py
 	$(RUN) bench/backup.py
 	$(RUN) bench/failover.py
+	$(RUN) bench/reload.py
 
 screenshots: $(VENV)/dev ## Take pictures of every page of the dashboard (needs Chromium)
 	$(RUN) -m tests.dashboard.screenshots

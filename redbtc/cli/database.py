@@ -22,6 +22,7 @@ from redbtc.store.backup_record import (
 )
 from redbtc.store.consistency import CHECKS
 from redbtc.store.files import lock_database, take_lock_file
+from redbtc.store.versions import refuse_newer
 from redbtc.times import iso_time
 
 
@@ -69,6 +70,7 @@ def db_backup(
     so on."""
     os.nice(MAX_NICENESS)  # the gateway comes first
     database = context.loaded.database_path
+    refuse_newer(database)  # of which nothing is touched
     try:
         note_begun_backup(database, path)
         made = back_up(database, path, keep, with_request_log=with_request_log)

@@ -32,11 +32,14 @@ def command_for(loaded: LoadedSettings) -> str:
 
 
 def _shown(path: str) -> str:
-    """Return the shortest text that stands for the path of a file in a command."""
+    """Return what stands for the path of a file in a command: its name if that is enough, or the
+    path from the current folder if it is below that."""
     name = Path(path).name
     found = shutil.which(name)
     if found and os.path.samefile(found, path):
         return shlex.quote(name)
+    relative = absolute = path
     with contextlib.suppress(FileNotFoundError):  # the current folder was removed
-        path = min(os.path.relpath(path), os.path.abspath(path), key=len)
-    return shlex.quote(path)
+        relative, absolute = os.path.relpath(path), os.path.abspath(path)
+    is_below = not relative.startswith(os.pardir)
+    return shlex.quote(relative if is_below else absolute)

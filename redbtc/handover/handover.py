@@ -162,12 +162,13 @@ class Handover:
             before, after = restart.schema_before, restart.schema_after
             log(logging.WARNING, "restarting", schema_before=before, schema_after=after)
             await successor.hand_over_at_the_end()
+            log(logging.INFO, "handed over", pid=successor.pid)
         else:
-            await successor.hand_over()
+            waited = await successor.hand_over()
+            log(logging.INFO, "handed over", pid=successor.pid, paused_ms=round(waited * 1000))
         # This process says it: systemd may believe no process but the main one (NotifyAccess=main),
         # and waits at a stop only for its own child, which the new process is only now.
         notify(f"MAINPID={successor.pid}", *([] if restart else ["READY=1"]))
-        log(logging.INFO, "handed over", pid=successor.pid)
         self._successor = successor
         self._following = asyncio.create_task(successor.follow(), name="successor")
         seconds = RESTART_SECONDS if restart else None

@@ -14,11 +14,12 @@ from redbtc.gateway.handover.state import GatewayState
 from redbtc.gateway.service import Service
 from redbtc.handover.channel import Channel, ChannelClosed
 from redbtc.handover.child import VARIABLE
-from redbtc.handover.messages import Moved, NeedsRestart, Offer, Ready, Restart, Serves
+from redbtc.handover.messages import Go, Moved, NeedsRestart, Offer, Ready, Restart, Serves
 from redbtc.handover.predecessors import Adopt, PredecessorChannel, earlier_channels
 from redbtc.release import RELEASE
 from redbtc.store.opening import JoinedFiles, SchemaChanges
 from redbtc.store.trial import try_migration
+from redbtc.systemd import notify
 
 
 class Joining:
@@ -78,6 +79,7 @@ class Joining:
         os.close(self.turns)  # the store has closed the others
         self.files = self.turns = None
         self._speak()
+        notify(f"MAINPID={os.getpid()}")  # before the other process, which it is now, ends
         with contextlib.suppress(ChannelClosed):
             while True:
                 message, files = await self._channel.receive()
@@ -101,6 +103,8 @@ class Joining:
             self.followed.update(*(each.predecessor.followed for each in self._channels))
             await gateway.store.begin_run()
             await self._channel.send(Serves())
+            message, _ = await self._channel.receive()
+            assert isinstance(message, Go)
         except ChannelClosed:
             raise gone() from None
         except (StorageUnavailable, sqlite3.Error, OSError) as error:

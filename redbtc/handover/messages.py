@@ -6,6 +6,7 @@ different versions of this program: unknown fields are ignored, and new ones nee
                              ◄──────────────── Ready, or NeedsRestart
     GatewayState ────────────────────────────►
                              ◄──────────────── Serves
+    Go ──────────────────────────────────────►
     Moved (connections), InFlightReport … ───►
                              ◄──────────────── AbortElsewhere, EndElsewhere
 
@@ -51,7 +52,12 @@ class Restart(msgspec.Struct, tag=True):
 
 
 class Serves(msgspec.Struct, tag=True):
-    """The new process has the state, and serves from now on."""
+    """The new process has the state, and can serve."""
+
+
+class Go(msgspec.Struct, tag=True):
+    """The new process serves from now on. Without it, the old one does: it may have stopped waiting
+    for the new one."""
 
 
 class Moved(msgspec.Struct, tag=True):
@@ -76,6 +82,7 @@ HandoverMessage = (
     | Ready
     | NeedsRestart
     | GatewayState
+    | Go
     | Restart
     | Serves
     | Moved

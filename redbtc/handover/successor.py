@@ -21,6 +21,7 @@ from redbtc.handover.child import Child, NotTakenOver
 from redbtc.handover.messages import (
     AbortElsewhere,
     EndElsewhere,
+    Go,
     NeedsRestart,
     Offer,
     Ready,
@@ -36,7 +37,7 @@ from redbtc.store.turns import new_turns
 
 T = TypeVar("T")
 
-START_SECONDS = 120  # for the new process to be ready
+START_SECONDS = 600  # for the new process to be ready; it may migrate a copy of the ledger
 HANDOVER_SECONDS = 10  # for each further step
 REPORT_SECONDS = 0.02  # between two reports, unless looking for changes takes long:
 REPORT_SHARE = 0.02  # of the time may be spent on it
@@ -138,9 +139,11 @@ class Successor:
 
     # Handing over
 
-    async def hand_over(self) -> None:
-        """Let the process take over. When this returns, it serves. Raises NotTakenOver, and then
-        this process goes on as before."""
+    async def hand_over(self) -> float:
+        """Let the process take over, and return for how many seconds new requests had to wait. When
+        this returns, the process serves. Raises NotTakenOver, and then this one goes on as
+        before."""
+        began = time.monotonic()
         try:
             async with contextlib.AsyncExitStack() as undo:
                 await self._stop_admitting(undo)
@@ -149,6 +152,7 @@ class Successor:
                     await self._channel.send(self._state, self._state_files)
                     answer, _ = await self._channel.receive()
                     assert isinstance(answer, Serves)
+                    await self._channel.send(Go())
                 undo.pop_all()
         except (StorageUnavailable, OSError) as error:
             await self.abandon()
@@ -156,7 +160,9 @@ class Successor:
         except BaseException:
             await self.abandon()
             raise
+        seconds = time.monotonic() - began
         self._leave_rest()
+        return seconds
 
     async def hand_over_at_the_end(self) -> None:
         """Let the process open the ledger when this one has ended, and take connections until then.

@@ -590,6 +590,7 @@ def test_a_change_says_where_it_comes_from(house: House) -> None:
 
 UNLOGGED = {  # they change nothing that is kept, or are in the list of upstreams' changes
     *("end_session", "check_database", "test_webhook", "rest_upstream", "resume_upstream"),
+    "reload",
     "accept_documents",  # which only owners do: tests/dashboard/test_acceptance.py
 }
 KINDS = {  # others are in the operation's name

@@ -15,10 +15,10 @@ from redbtc.billing.price_lists import (
     PriceListing,
     read_json_list,
 )
-from redbtc.billing.prices import MAX_RATE
+from redbtc.billing.prices import MAX_CALL_RATE, MAX_RATE
 from redbtc.errors import UserError
-from redbtc.money import NANOS, decimal
-from redbtc.rates import RATES
+from redbtc.money import decimal
+from redbtc.rates import UNITS
 from tests.helpers.gateway import ROOT
 
 pytestmark = pytest.mark.promise_8
@@ -111,8 +111,8 @@ def test_models_devs_list() -> None:
 )
 def test_a_rate_has_every_digit_of_the_list(nanos: int, field: str, form: str) -> None:
     listed = LITELLM_FIELDS[field]
-    if RATES[listed.rate].unit in ("call", "container"):
-        nanos %= 10_000 * NANOS
+    if listed.rate in UNITS:
+        nanos %= MAX_CALL_RATE + 1
     value = Decimal(nanos).scaleb(-9 - listed.digits)
     text = form.format(value)
     fields = {"litellm_provider": "openai", "input_cost_per_token": 0}

@@ -119,7 +119,7 @@ def test_the_first_start_uses_what_it_wrote(tmp_path: Path, upstream: Upstream) 
         printed = gateway.log()
         assert "the demonstration upstream" in printed
         usage = next(line for line in printed.splitlines() if line.startswith("Show usage:"))
-        assert shlex.split(usage)[-3:] == ["--config", "../gateway/config.toml", "usage"]
+        assert shlex.split(usage)[-3:] == ["--config", str(gateway.config), "usage"]
     finally:
         gateway.close()
 

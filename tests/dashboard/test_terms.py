@@ -17,7 +17,6 @@ from redbtc.dashboard import document_pages
 from redbtc.dashboard.markdown import RenderedMarkdown
 from tests.helpers.documents import days_ahead, reload, write_document
 from tests.helpers.gateway import Gateway, MakeGateway, wait_until
-from tests.helpers.upstream import Upstream, silent
 
 pytestmark = pytest.mark.promise_6
 
@@ -305,14 +304,3 @@ def test_security_txt(make_gateway: MakeGateway) -> None:
     gateway.configure(settings.format("", "a@b.c\\nExpires: x"))
     reload(gateway, '"reload refused"')
     assert gateway.get("/.well-known/security.txt").text.splitlines() == lines
-
-
-def test_a_draining_gateway_shows_the_documents(terms: Gateway, upstream: Upstream) -> None:
-    upstream.script = silent
-    with terms.begin(terms.new_key(), {"model": "m", "input": "Hi"}):
-        wait_until(lambda: terms.metrics()["redbtc_in_flight"] == 1)
-        terms.terminate(wait=False)
-        terms.wait_for_log('"draining"')
-        assert terms.get("/readyz").status_code == 503
-        assert terms.get("/terms").status_code == 200
-    terms.kill()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import threading
@@ -19,7 +18,7 @@ import pytest
 
 from tests.helpers.gateway import ROOT, Gateway, MakeGateway, wait_until
 from tests.helpers.programs import copy_of_program
-from tests.helpers.reloading import reload
+from tests.helpers.reloading import Adopted, reload
 from tests.helpers.steady_load import CountingUpstream, SteadyLoad
 from tests.helpers.upstream import (
     Received,
@@ -170,7 +169,7 @@ def test_sigusr2_reloads_with_the_settings_on_the_disk(
             assert client.post("/responses", json=RESPONSE).status_code == 200
         assert len(other.requests) == 1
         assert not upstream.requests
-        os.kill(int(gateway.log().partition('"handed over","pid":')[2].partition("}")[0]), 15)
+        gateway.process = Adopted(int(gateway.log().partition('over","pid":')[2].partition(",")[0]))
 
 
 WHOLE = ""  # the whole text of a file is replaced
@@ -242,6 +241,32 @@ def test_a_new_process_that_cannot_serve_changes_nothing(
         assert not list(gateway.folder.glob("*.owed-*"))
         assert gateway.terminate() == 0
         assert not list(gateway.folder.glob("*.owed*"))
+    finally:
+        gateway.kill()
+
+
+def test_a_new_process_that_is_too_late_does_not_serve(
+    tmp_path: Path, upstream: Upstream, fork_server: None
+) -> None:
+    """It has the state and the sockets, but the old process has stopped waiting for it."""
+    root = copy_of_program(tmp_path / "program")
+    successor, joining = root / "redbtc/handover/successor.py", root / JOINING
+    successor.write_text(
+        successor.read_text().replace("HANDOVER_SECONDS = 10", "HANDOVER_SECONDS = 1")
+    )
+    gateway = Gateway(tmp_path / "gateway", upstream.url, root=root).start()
+    key, serves = gateway.new_key(), "await self._channel.send(Serves())"
+    joining.write_text(
+        joining.read_text().replace(serves, f'__import__("time").sleep(2.5); {serves}')
+    )
+    try:
+        done = run_elsewhere(gateway)
+        assert done.returncode == 1
+        assert "it did not serve after 1 s" in done.stderr
+        assert not psutil.Process(gateway.pid).children()
+        assert [post_once(gateway, key) for _ in range(3)] == [200] * 3
+        assert gateway.log().count('"serving"') == 1
+        assert gateway.terminate() == 0
     finally:
         gateway.kill()
 

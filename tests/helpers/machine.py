@@ -56,11 +56,11 @@ rm "./$CANARY"
 test -e "$CANARY"
 mount -t tmpfs -o mode=755 tmpfs etc/systemd/system
 mount -t tmpfs -o mode=755 tmpfs run
-mount -t tmpfs -o mode=1777 tmpfs tmp
 mkdir -p opt/python opt/redbtc opt/packages
 mount --bind "./$PYTHON" opt/python
 mount --bind "./$CODE" opt/redbtc
 mount --bind "./$PACKAGES" opt/packages
+mount -t tmpfs -o mode=1777 tmpfs tmp
 mkdir .old
 pivot_root . .old
 cd /

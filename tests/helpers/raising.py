@@ -25,7 +25,7 @@ class Raising:
     def __init__(self):
         self.seen, self.target, self.raised, self.error = {{}}, None, False, ValueError
         self.prepared = _threading.Event()
-        _signal.signal(_signal.SIGUSR2, self.prepare)
+        _signal.signal(_signal.SIGUSR1, self.prepare)
         _threading.Thread(target=self.serve, daemon=True).start()
 
     def prepare(self, *_):
@@ -55,7 +55,7 @@ class Raising:
             self.seen, self.target, self.raised = {{}}, target, False
             self.error = ERRORS[error]
             self.prepared.clear()
-            _signal.pthread_kill(_threading.main_thread().ident, _signal.SIGUSR2)
+            _signal.pthread_kill(_threading.main_thread().ident, _signal.SIGUSR1)
             self.prepared.wait()
             connection.sendall(_json.dumps([was, seen]).encode() + b"\\n")
 

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import random
-import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -131,6 +131,7 @@ class SteadyLoad:
         self.done: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.moved = 0  # WebSockets that were told to move
+        self.seconds: list[float] = []  # that answers without a stream took
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -193,6 +194,7 @@ class SteadyLoad:
             f"POST /v1/responses HTTP/1.1\r\nhost: g\r\nauthorization: Bearer {key}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
         )
+        began = time.monotonic()
         at = random.randrange(len(head) + len(text))  # the request arrives in two parts
         sent = head.encode() + text
         writer.write(sent[:at])
@@ -214,6 +216,8 @@ class SteadyLoad:
         if b'"completed"' not in content:
             raise ValueError(content[-200:])
         self.done[kind] += 1
+        if kind != "stream":
+            self.seconds.append(time.monotonic() - began)
 
     async def _websocket(self, key: str, model: str, seconds: float) -> None:
         while not self._stopping:
@@ -249,22 +253,3 @@ class SteadyLoad:
                 raise
             self.moved += 1
             return False
-
-
-class LoopThread:
-    """An event loop in a thread, for tests that wait for processes."""
-
-    def __enter__(self) -> LoopThread:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine there, and return its result."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -36,6 +36,15 @@ def test_the_benchmark_of_backups() -> None:
         assert figure in done.stdout
 
 
+def test_the_benchmark_of_reloads() -> None:
+    command = [sys.executable, str(ROOT / "bench" / "reload.py"), "--reloads", "2"]
+    done = subprocess.run([*command, "--clients", "20"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = dict(re.findall(r"^(.*?)  +(\d+)$", done.stdout, re.MULTILINE))
+    assert figures["refused, torn or not answered"] == figures["responses with two rows"] == "0"
+    assert figures["rows in the ledger"] == figures["answers that the upstream gave"]
+
+
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="counted with Python 3.11")
 def test_a_request_and_an_event_cost_no_more_function_calls() -> None:
     """A change that raises a figure raises it here, too, and says why in docs/measurements.md."""

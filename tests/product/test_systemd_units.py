@@ -276,9 +276,10 @@ def test_a_backup_is_made_every_day(machine: Machine, key: str) -> None:
         assert re.fullmatch(r"600 redbtc-proxy redbtc-\d{8}T\d{6}Z\.db(\.sha256)?", line)
 
 
-def printed(text: str) -> str:
-    """Return the block of commands of docs/operating.md that has this text."""
-    (code,) = [code for code in blocks(DOCS / "operating.md", "sh") if text in code]
+def printed(*texts: str) -> str:
+    """Return the block of commands of docs/operating.md that has these texts."""
+    found = blocks(DOCS / "operating.md", "sh")
+    (code,) = [code for code in found if all(text in code for text in texts)]
     return code
 
 
@@ -289,9 +290,9 @@ def test_a_restore_is_drilled_as_printed(machine: Machine, key: str) -> None:
     headers = ["-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json"]
     body = '{"model": "redbtc-demo", "input": "hello"}'
     assert '"completed"' in curl(machine, f"{URL}/v1/responses", *headers, "-d", body)
-    row = json.loads(command(machine, "usage", "--json"))["requests"][0]
-    assert row["account"] == account
+    (row,) = json.loads(command(machine, "usage", "--account", account, "--json"))["requests"]
     wait_until(lambda: "redbtc_request_log_requests_total 1.0" in curl(machine, f"{URL}/metrics"))
+    machine.run("install", "-d", "-o", "redbtc-proxy", "-g", "redbtc-proxy", "-m", "700", folder)
     command(machine, "db", "backup", folder, "--keep", "3", "--with-request-log")
     before = machine.shown(SERVICE, "MainPID")
     said = machine.run("sh", "-euc", printed("drill=$(mktemp")).stdout
@@ -308,7 +309,7 @@ def test_a_backup_is_restored_as_printed(machine: Machine, key: str) -> None:
     accounts = json.loads(command(machine, "account", "list", "--json"))["accounts"]
     machine.systemctl("start", BACKUP)
     command(machine, "account", "add", "later")
-    machine.run("sh", "-euc", printed('db restore "$backup"\nsystemctl start'))
+    machine.run("sh", "-euc", printed("systemctl stop", "$backup"))
     assert machine.shown(SERVICE, "ActiveState") == "active"
     restored = json.loads(command(machine, "account", "list", "--json"))["accounts"]
     assert [each["name"] for each in restored] == [each["name"] for each in accounts]
