@@ -176,11 +176,11 @@ class GatewayProcess:
         self._draining: asyncio.Task[None] | None = None
         self._may_ignore_signal = False
         self._over = False  # the tasks may end
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._terminate)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        loop.add_signal_handler(signal.SIGUSR2, self.handover.on_signal)
+        handlers = {signal.SIGHUP: self._reload, signal.SIGUSR2: self.handover.on_signal}
+        handlers |= dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._terminate)
+        add, passing_on = asyncio.get_running_loop().add_signal_handler, self.handover.passing_on
+        for number, handle in handlers.items():
+            add(number, passing_on, number, handle)
         start.finish()
 
     def _offers_websocket(self) -> bool:

@@ -45,6 +45,14 @@ def reloading() -> tuple[str, str]:
     return "RELOADING=1", f"MONOTONIC_USEC={microseconds}"
 
 
+def ends_service() -> bool:
+    """Return whether systemd takes the end of this process for the end of its service, whatever
+    takes its place: it has started this process as Type=simple or Type=exec, and listens to no
+    messages. (SYSTEMD_EXEC_PID is set by systemd 248 and newer.)"""
+    is_main = os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+    return is_main and "NOTIFY_SOCKET" not in os.environ
+
+
 def inherited_sockets() -> list[socket.socket]:
     """Return the listening sockets that systemd has opened for this process (socket activation), in
     the order of the unit; none if it has opened none. Processes that this one starts don't get

@@ -8,6 +8,7 @@ over from it: if it ended, everything else in the container would.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ def stay(pid: int) -> None:
     """If this is the first process, replace its program by this one, which waits for the process
     `pid` and for those that take over from it."""
     if os.getpid() == 1:
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until the other program handles them
         os.execv(sys.executable, waiting_command(STAY, str(pid)))
 
 
@@ -44,9 +46,9 @@ def start_and_wait(files: Sequence[int], command: Sequence[str]) -> int:
 
 
 def wait_as_first(pid: int) -> int:
-    """Wait until a process has ended, with those that it leaves behind, and pass signals on to all
-    processes. Return the exit status: 0, or that of the first of them that fails."""
-    pass_on(lambda number: os.kill(-1, number))
+    """Wait until a process has ended, with those that it leaves behind, and pass signals on to
+    them. Return the exit status: 0, or that of the first of them that fails."""
+    pass_on(tell_children)
     waiting = {pid}
     while waiting:
         ended, status = os.wait()
@@ -68,6 +70,14 @@ def pass_on(send: Callable[[int], None]) -> None:
     for number in PASSED_ON:
         signal.signal(number, handle)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def tell_children(number: int) -> None:
+    """Send a signal to the processes whose parent is this one: in a container, to the gateway, and
+    not to commands that somebody has started beside it, which the signal would end."""
+    for pid in children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def shell_status(code: int) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import ipaddress
 import resource
+import shlex
 import ssl
 import stat
 import sys
@@ -104,23 +105,30 @@ def warnings_of_permissions(loaded: LoadedSettings) -> Iterator[str]:
     for file in files:
         mode = mode_of(file)
         if mode & (OTHERS_CAN_READ | OTHERS_CAN_WRITE):
-            yield f"{file}: other users may use it (mode {mode:o}): chmod 600 {file}"
+            yield f"{file}: other users may use it (mode {mode:o}): chmod 600 {quoted(file)}"
     folder = mode_of(path.parent)
     if folder & OTHERS_CAN_WRITE and not folder & stat.S_ISVTX:
         yield (
             f"{path.parent}: other users may replace the database and the commands' socket (mode "
-            f"{folder:o}): chmod go-w {path.parent}"
+            f"{folder:o}): chmod go-w {quoted(path.parent)}"
         )
     if loaded.file is None:
         return
     mode = mode_of(loaded.file)
     if mode & OTHERS_CAN_WRITE:
-        yield f"{loaded.file}: other users may change the settings: chmod go-w {loaded.file}"
+        yield (
+            f"{loaded.file}: other users may change the settings: chmod go-w {quoted(loaded.file)}"
+        )
     if mode & OTHERS_CAN_READ and (names := list(settings_with_secrets(loaded))):
         yield (
             f"{loaded.file}: other users may read it, and {', '.join(names)} may hold a secret: "
-            f"chmod 600 {loaded.file}"
+            f"chmod 600 {quoted(loaded.file)}"
         )
+
+
+def quoted(file: Path) -> str:
+    """Return the path of a file for a command that people copy."""
+    return shlex.quote(str(file))
 
 
 def mode_of(file: Path) -> int:

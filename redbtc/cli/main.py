@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Coroutine, Iterable
@@ -197,7 +198,11 @@ def show_version(context: click.Context, _: click.Parameter, wanted: bool) -> No
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--config", metavar="PATH", help="Read settings from PATH instead of config.toml.")
+@click.option(
+    "--config",
+    metavar="PATH",
+    help="Read settings from PATH, not from $REDBTC_CONFIG or config.toml beside the program.",
+)
 @click.option(
     "--version",
     is_flag=True,
@@ -223,6 +228,20 @@ def main(run: Run) -> None:
     except (UserError, sqlite3.Error, httpx2.HTTPError) as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(1) from None
+    except FileNotFoundError:
+        if current_folder_exists():
+            raise
+        click.echo("Error: the current folder was removed; change to another one", err=True)
+        raise SystemExit(1) from None
     except UnicodeEncodeError:
         click.echo("Error: an argument is not valid UTF-8", err=True)
         raise SystemExit(2) from None
+
+
+def current_folder_exists() -> bool:
+    """Return whether the folder in which the command was given still exists."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True

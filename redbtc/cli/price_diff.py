@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,6 +30,7 @@ from redbtc.billing.records import ModelsInUse, PriceList, PriceShown, PriceSlot
 from redbtc.cli.main import CommandContext, json_option, plain, show, table
 from redbtc.cli.money import price, prices_in_toml
 from redbtc.cli.price_sources import LITELLM_URL, read_price_list
+from redbtc.codex.config_toml import toml_string
 from redbtc.errors import UserError
 from redbtc.money import parse_amount
 from redbtc.rates import DEFAULT_TIER, RATES
@@ -227,7 +228,8 @@ def lines_of(found: PriceDiff, file: Path | None) -> list[str]:
     if (more := len(found.problems) - MAX_SHOWN_PROBLEMS) > 0:
         lines.append(f"Left out {more} more; --json lists them.")
     if file:
-        lines.append(f"Wrote {file}. Check it, then run: redbtc-proxy price import {file}")
+        name = shlex.quote(str(file))
+        lines.append(f"Wrote {file}. Check it, then run: redbtc-proxy price import {name}")
     elif found.changes:
         lines.append("Nothing was changed. To get a file for price import, add --to FILE.")
     return lines
@@ -244,14 +246,15 @@ def toml_of(changed: list[ChangedPrice], compared: ComparedList) -> str:
     today = datetime.fromtimestamp(compared.at / 1000, UTC)
     later = today + timedelta(days=compared.notice_days + 2)
     effective = f"{later:%Y-%m-%d}T00:00:00Z"
-    source = plain(f"{compared.source}, {today:%Y-%m-%d}")[-MAX_SOURCE:]
+    name = plain(compared.source.encode(errors="replace").decode())
+    source = f"{name}, {today:%Y-%m-%d}"[-MAX_SOURCE:]
     lines = [
-        f"# What changes with the prices of {plain(compared.source)}",
+        f"# What changes with the prices of {name}",
         f"# (price diff, {today:%Y-%m-%d}). Check it, then run redbtc-proxy price import FILE.",
         "# A price with `effective` is an increase for a model in use, which needs a notice.",
         "",
-        f"currency = {json.dumps(compared.currency)}",
-        f"source = {json.dumps(source)}",
+        f"currency = {toml_string(compared.currency)}",
+        f"source = {toml_string(source)}",
         "",
         "prices = [",
         *(f"  {inline_table(each, effective)}," for each in changed),
@@ -263,23 +266,24 @@ def toml_of(changed: list[ChangedPrice], compared: ComparedList) -> str:
 def inline_table(changed: ChangedPrice, effective: str) -> str:
     """Return a price as a table of TOML in one line. Amounts have all their digits."""
     new = changed.price
-    parts = [f"model = {json.dumps(new.model)}"]
+    parts = [f"model = {toml_string(new.model)}"]
     if new.tier != DEFAULT_TIER:
-        parts.append(f"tier = {json.dumps(new.tier)}")
+        parts.append(f"tier = {toml_string(new.tier)}")
     if new.above_input_tokens:
         parts.append(f"above_input_tokens = {new.above_input_tokens}")
     if changed.difference.needs_notice:
-        parts.append(f"effective = {json.dumps(effective)}")
+        parts.append(f"effective = {toml_string(effective)}")
     parts += [f"{name} = {value}" for name, value in json_rates(new.given).items()]
     return f"{{ {', '.join(parts)} }}"
 
 
 def write_list(path: Path, text: str) -> None:
     """Write a file that does not exist. Raises UserError."""
+    content = text.encode()
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        with open(file, "w", encoding="utf-8") as opened:
-            opened.write(text)
+        with open(file, "wb") as opened:
+            opened.write(content)
     except FileExistsError:
         raise UserError(f"{path} exists; choose another file, or remove it") from None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -37,6 +38,8 @@ def _shown(path: str) -> str:
     found = shutil.which(name)
     if found and os.path.samefile(found, path):
         return shlex.quote(name)
-    relative, absolute = os.path.relpath(path), os.path.abspath(path)
+    relative = absolute = path
+    with contextlib.suppress(FileNotFoundError):  # the current folder was removed
+        relative, absolute = os.path.relpath(path), os.path.abspath(path)
     is_below = not relative.startswith(os.pardir)
     return shlex.quote(relative if is_below else absolute)

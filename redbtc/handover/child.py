@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 from redbtc.errors import UserError
 from redbtc.waiting_process import KILL, START, waiting_command
@@ -23,8 +24,18 @@ class NotTakenOver(UserError):
 
 
 def same_command() -> list[str]:
-    """Return the command line that this process was started with."""
-    return [sys.executable, *sys.orig_argv[1:]]
+    """Return the command line that this process was started with.
+
+    An installed command lies in its environment beside the Python that it is for, which its first
+    line names by the path that the environment was made with. If the way to the command leads into
+    another environment now (a symbolic link to a release), that one's Python is used: with this
+    process's Python, the old program would start again. Raises OSError."""
+    python, arguments = sys.executable, sys.orig_argv[1:]
+    if sys.argv[0] in arguments:
+        folder = Path(os.path.realpath(sys.argv[0])).parent
+        if (folder.parent / "pyvenv.cfg").exists() and (folder / "python").exists():
+            python = str(folder / "python")
+    return [python, *arguments]
 
 
 class Child:

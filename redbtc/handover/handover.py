@@ -18,8 +18,9 @@ from redbtc.handover.successor import Parts, Successor
 from redbtc.server.connections import Connections
 from redbtc.server.listening import Server
 from redbtc.server.unix_socket import AdminServer
-from redbtc.systemd import notify, reloading
+from redbtc.systemd import ends_service, notify, reloading
 from redbtc.telemetry import log
+from redbtc.waiting_process import tell_children
 
 RESTART_SECONDS = 30.0  # for requests in flight, if the ledger has to be migrated
 
@@ -72,7 +73,8 @@ class Handover:
             for channel in joining.take_channels():
                 predecessors.add(channel)
             self._serving_moved = asyncio.create_task(joining.serve_moved(server.adopt))
-        notify("READY=1", f"MAINPID={os.getpid()}")
+        if joining is None or joining.files is None:  # else the process before this one says so
+            notify("READY=1", f"MAINPID={os.getpid()}")
 
     def _write_alone(self) -> None:
         """No other process writes any more."""
@@ -104,6 +106,13 @@ class Handover:
         assert self._successor is not None, "another process serves"
         return self._successor.pid
 
+    def passing_on(self, number: int, handle: Callable[[], None]) -> None:
+        """Handle a signal. The first process of a container gets those that are meant for the
+        gateway: once another process serves, it passes them on to that one as well."""
+        if self.is_over and os.getpid() == 1:
+            tell_children(number)
+        handle()
+
     def on_signal(self) -> None:
         """Reload. How that ends is in the log."""
         if self.is_over:
@@ -123,6 +132,11 @@ class Handover:
             raise Conflict("another reload is under way")
         if self._parts is None or self._parts.service.gateway.draining:
             raise Conflict("the gateway is starting or stopping; try again")
+        if ends_service():
+            raise NotTakenOver(
+                "systemd would end the service with this process: set Type=notify and "
+                "NotifyAccess=all in its unit (deploy/redbtc-proxy.service has them), or restart it"
+            )
         notify(*reloading())
         self._reloading = asyncio.create_task(self._reload(self._parts), name="reload")
         try:
@@ -154,8 +168,9 @@ class Handover:
         else:
             waited = await successor.hand_over()
             log(logging.INFO, "handed over", pid=successor.pid, paused_ms=round(waited * 1000))
-        # Before this process, which it is now, ends, and before a command asks systemd for a stop.
-        notify(f"MAINPID={successor.pid}")
+        # This process says it: systemd may believe no process but the main one (NotifyAccess=main),
+        # and waits at a stop only for its own child, which the new process is only now.
+        notify(f"MAINPID={successor.pid}", *([] if restart else ["READY=1"]))
         self._successor = successor
         self._following = asyncio.create_task(successor.follow(), name="successor")
         seconds = RESTART_SECONDS if restart else None

@@ -34,4 +34,7 @@ def open_listeners(settings: ServerSettings, joining: Joining | None) -> Listene
                 )
         return Listeners(activated, True)
     offered = joining.listeners if joining else []
-    return Listeners(listen(settings.hosts, settings.port, offered=offered), False)
+    sockets = listen(settings.hosts, settings.port, offered=offered)
+    for each in offered:  # an open one would take connections that nobody serves
+        each.close()
+    return Listeners(sockets, False)

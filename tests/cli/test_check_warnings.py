@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import sqlite3
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from redbtc.times import DAY
 from tests.gateway.test_operator_messages import expires_in
 from tests.helpers.certificates import Authority
 from tests.helpers.gateway import Gateway, MakeGateway
+from tests.helpers.upstream import Upstream
 
 GB = 1 << 30
 
@@ -125,6 +127,13 @@ def test_permissions(gateway: Gateway) -> None:
     assert found[0].endswith(f"other users may use it (mode 644): chmod 600 {gateway.database}")
     gateway.folder.chmod(0o1777)
     assert str(gateway.folder) not in [line.partition(":")[0] for line in warned(gateway)], "sticky"
+
+
+def test_commands_can_be_copied_from_odd_folders(tmp_path: Path, upstream: Upstream) -> None:
+    gateway = Gateway(tmp_path / "a b", upstream.url)
+    gateway.config.chmod(0o666)
+    (line,) = [each for each in warned(gateway) if "chmod" in each]
+    assert shlex.split(line.rpartition(": ")[2]) == ["chmod", "go-w", str(gateway.config)]
 
 
 def test_settings_that_may_hold_a_secret(make_gateway: MakeGateway) -> None:

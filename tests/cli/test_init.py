@@ -192,3 +192,35 @@ def test_one_line_on_standard_error(
         main(lambda _: None)  # type: ignore[arg-type, return-value]
     assert ended.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--config", "x", "check"], ["init", "x"]])
+def test_a_removed_folder_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    monkeypatch.setattr("sys.argv", ["redbtc-proxy", *words])
+    with pytest.raises(SystemExit) as ended:
+        main(lambda _: None)  # type: ignore[arg-type, return-value]
+    assert ended.value.code == 1
+    said = "Error: the current folder was removed; change to another one\n"
+    assert capsys.readouterr().err == said
+
+
+def test_what_is_shown_in_a_removed_folder_has_whole_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python, program_file = tmp_path / "python3.x", tmp_path / "redbtc_proxy.py"
+    python.touch()
+    program_file.touch()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.setattr("sys.argv", [str(program_file)])
+    assert program.program_name() == f"{python} {program_file}"

@@ -4,6 +4,7 @@ hostile ones, and a file that is imported as it is."""
 from __future__ import annotations
 
 import json
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -84,6 +85,18 @@ def test_the_example_prices_become_those_of_the_list(run: Run, tmp_path: Path) -
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("name", ["a b", "é😀", "\x7f\\", 'a"b'])
+def test_the_files_name_can_be_anything(run: Run, tmp_path: Path, name: str) -> None:
+    source, new = tmp_path / name, tmp_path / f"{name}.toml"
+    source.write_bytes(LITELLM.read_bytes())
+    assert run("price", "import", ROOT / "prices.toml").exit_code == 0
+    done = run("price", "diff", source, "--to", new)
+    last = shlex.split(done.stdout.splitlines()[-1].partition("redbtc-proxy ")[2])
+    assert last == ["price", "import", str(new)]
+    done = run(*last)
+    assert done.exit_code == 0, done.exception
+
+
 def test_a_model_that_was_requested_is_compared_and_its_rise_announced(
     make_gateway: MakeGateway, upstream: Upstream, tmp_path: Path
 ) -> None:

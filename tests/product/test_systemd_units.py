@@ -8,13 +8,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from redbtc.store.schema import TRIGGERS, newest_version
 from tests.helpers.gateway import ROOT, wait_until
-from tests.helpers.machine import PROGRAM, Machine, boot
-from tests.helpers.programs import add_section, copy_of_program
+from tests.helpers.machine import PROGRAM, VERSION, Machine, boot
+from tests.helpers.programs import ADDED, add_section, copy_of_program
 from tests.helpers.tools import needs
 from tests.product.test_docs import DOCS, blocks
 
@@ -160,7 +162,7 @@ CREATE TABLE later AS WITH RECURSIVE numbers (number) AS (
     SELECT 1 UNION ALL SELECT number + 1 FROM numbers WHERE number < 10000000)
     SELECT max(number) AS number FROM numbers;
 """
-NEXT = """
+SLOW_UNIT = """
 [Service]
 ExecStart=
 ExecStart=/usr/local/bin/redbtc-next --config /etc/redbtc-proxy/config.toml serve --demo
@@ -176,7 +178,7 @@ def test_a_reload_that_migrates_the_ledger_stays_the_same_service(tmp_path: Path
     (tmp_path / "machine").mkdir()
     later = copy_of_program(tmp_path / "next")
     add_section(later, SLOW_MIGRATION)
-    with boot(tmp_path / "machine", {f"{SERVICE}.d/next.conf": NEXT}) as machine:
+    with boot(tmp_path / "machine", {f"{SERVICE}.d/next.conf": SLOW_UNIT}) as machine:
         machine.write(
             "/usr/local/bin/redbtc-next", PROGRAM.replace("/opt/redbtc", "/opt/next"), "755"
         )
@@ -192,6 +194,85 @@ def test_a_reload_that_migrates_the_ledger_stays_the_same_service(tmp_path: Path
         machine.wait_until_shown(SERVICE, "SubState", "running")
         machine.wait_until_shown(SERVICE, "StatusText", "Serving; requests in flight: 0")
         assert machine.shown(SERVICE, "NRestarts") == "0"
+        machine.systemctl("stop", SERVICE)
+        assert machine.shown(SERVICE, "Result") == "success"
+
+
+@contextmanager
+def changed_unit(machine: Machine, lines: str) -> Iterator[str]:
+    """Run the gateway with other lines in its unit; yield the id of its main process."""
+    drop_in = f"/etc/systemd/system/{SERVICE}.d/z.conf"
+    machine.write(drop_in, f"[Service]\n{lines}\n")
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", SERVICE)
+    try:
+        wait_until(lambda: curl(machine, f"{URL}/healthz") == '{"status":"ok"}')
+        yield machine.shown(SERVICE, "MainPID")
+    finally:
+        machine.run("rm", drop_in)
+        machine.systemctl("daemon-reload")
+        machine.systemctl("restart", SERVICE)
+
+
+RELOAD = ("redbtc-proxy", "--config", "/etc/redbtc-proxy/config.toml", "reload")
+
+
+def test_a_unit_that_is_told_nothing_is_not_reloaded(machine: Machine, key: str) -> None:
+    """With Type=simple, systemd would end the service with the old process."""
+    with changed_unit(machine, "Type=simple\nNotifyAccess=none\nWatchdogSec=0") as before:
+        done = machine.run(*RELOAD, status=1)
+        assert "set Type=notify and NotifyAccess=all" in done.stderr
+        assert machine.shown(SERVICE, "MainPID") == before
+        assert curl(machine, f"{URL}/v1/models", "-H", f"Authorization: Bearer {key}", "-f")
+
+
+def test_a_unit_that_believes_only_the_main_process_is_reloaded(machine: Machine, key: str) -> None:
+    with changed_unit(machine, "Type=notify\nNotifyAccess=main") as before:
+        for _ in range(2):
+            machine.run(*RELOAD)
+            before = new_main_process(machine, before)
+            assert curl(machine, f"{URL}/v1/models", "-H", f"Authorization: Bearer {key}", "-f")
+        time.sleep(1)  # systemd ends a service whose main process has ended
+        assert machine.shown(SERVICE, "ActiveState") == "active"
+
+
+NEXT = f"""
+Environment=LD_LIBRARY_PATH=/opt/python/lib PYTHONPATH=/opt/packages PYTHONDONTWRITEBYTECODE=1
+ExecStart=
+ExecStart=/opt/python/bin/python{VERSION} /opt/current/redbtc_proxy.py \\
+    --config /etc/redbtc-proxy/next.toml serve --demo
+"""
+MAKE_NEXT = f"""
+mkdir /opt/next
+cp -r /opt/redbtc/redbtc /opt/redbtc/*.py /opt/redbtc/*.toml /opt/redbtc/deploy /opt/next
+sed '/^{TRIGGERS.strip()}/i -- version {newest_version() + 1}\\n\\n{ADDED}\\n' \\
+    /opt/redbtc/schema.sql > /opt/next/schema.sql
+ln -s redbtc /opt/current
+sed 's/redbtc.db/next.db/' /etc/redbtc-proxy/config.toml > /etc/redbtc-proxy/next.toml
+"""
+
+
+def test_a_version_that_migrates_takes_over(machine: Machine) -> None:
+    """The old process ends before the new one can serve; systemd must not end the service then."""
+    machine.run("sh", "-euc", MAKE_NEXT)
+    with changed_unit(machine, NEXT) as before:
+        machine.run("ln", "-sfn", "next", "/opt/current")
+        program = [*RELOAD[:2], "/etc/redbtc-proxy/next.toml", "reload", "--json"]
+        assert json.loads(machine.run(*program).stdout)["restarts"]
+        before = new_main_process(machine, before)
+        wait_until(lambda: curl(machine, f"{URL}/healthz") == '{"status":"ok"}')
+        machine.wait_until_shown(SERVICE, "StatusText", "Serving; requests in flight: 0")
+        assert machine.shown(SERVICE, "MainPID") == before
+        assert machine.shown(SERVICE, "NRestarts") == "0"
+        assert '"migrated"' in machine.log()
+
+
+def test_a_stop_after_a_reload_waits_for_the_new_process(machine: Machine) -> None:
+    """systemd kills at once a main process that is not its child when it hears of it."""
+    started(machine)
+    for _ in range(5):
+        machine.systemctl("start", SERVICE)
+        machine.run(*RELOAD)
         machine.systemctl("stop", SERVICE)
         assert machine.shown(SERVICE, "Result") == "success"
 

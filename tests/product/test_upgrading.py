@@ -81,7 +81,7 @@ def test_an_installed_program_is_upgraded_and_goes_back(tmp_path: Path) -> None:
     assert refused in program("check", status=2)
     command = re.search(r"redbtc-proxy (db restore \S+)", refused)
     assert command
-    assert command[1].replace(str(program.database.parent), "/var/lib/redbtc") == way_back()
+    assert command[1].replace(str(program.database.parent), "/var/lib/redbtc-proxy") == way_back()
     assert "The database is intact." in program(*command[1].split())
     accounts = program("account", "list")
     assert "before" in accounts
