@@ -112,10 +112,11 @@ class AdmittedRequest(ForwardedRequest, Running):
             self.is_held = True
             self._note_growth()
             self.client_request.received = None
+            self.gateway.in_flight.with_row.add(self)
             await self._begin()
             self.row.attempts = 0
-            self.gateway.in_flight.with_row.add(self)
         except BaseException:
+            self.gateway.in_flight.with_row.discard(self)
             self._give_back()
             raise
         return self

@@ -28,7 +28,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self.count = 0
-        self.with_row: set[Running] = set()  # requests that have a row in the ledger
+        self.with_row: set[Running] = set()  # requests that have a row, or are about to
         self.elsewhere: list[Elsewhere] = []
         self._aborts: defaultdict[str, set[Callable[[], None]]] = defaultdict(set)  # by key
 

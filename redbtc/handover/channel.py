@@ -64,7 +64,8 @@ class Channel:
                 raise ChannelClosed from None
 
     async def receive(self) -> tuple[Any, list[int]]:
-        """Return the next message and the files that came with it, for the caller to close. Raises
+        """Return the next message and the files that came with it, for the caller to close. The
+        last ones are missing if this process may not have so many files. Raises
         ChannelClosed."""
         while (found := self.take()) is None:
             await self.fill()
@@ -85,13 +86,17 @@ class Channel:
             return None
         message = self._decoder.decode(memoryview(self._received)[FRAME_HEAD.size : end])
         del self._received[:end]
-        return message, [self._files.popleft() for _ in range(count)]
+        return message, [self._files.popleft() for _ in range(min(count, len(self._files)))]
 
     def _read(self) -> None:
+        """Read no more than the rest of a message: the files that come are those of this one."""
+        missing = FRAME_HEAD.size - len(self._received)
+        if missing <= 0:
+            missing += FRAME_HEAD.unpack_from(self._received)[0]
         try:
             size = MAX_FILES * array.array("i").itemsize
             data, ancillary, _, _ = self.socket.recvmsg(
-                READ_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC
+                min(missing, READ_BYTES), socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return

@@ -16,6 +16,7 @@ from redbtc.gateway.service import Service
 from redbtc.handover.channel import Channel, ChannelClosed
 from redbtc.handover.child import VARIABLE
 from redbtc.handover.messages import Go, Moved, NeedsRestart, Offer, Ready, Restart, Serves
+from redbtc.handover.moving import moved_connections
 from redbtc.handover.predecessors import Adopt, PredecessorChannel, earlier_channels
 from redbtc.release import RELEASE
 from redbtc.store.opening import JoinedFiles, SchemaChanges
@@ -86,7 +87,7 @@ class Joining:
             while True:
                 message, files = await self._channel.receive()
                 if isinstance(message, Moved):
-                    self._moved += zip(files, message.received, strict=True)
+                    self._moved += moved_connections(message, files)
 
     async def take_over(self, service: Service) -> None:
         """Say that this process is ready, and take over. Raises UserError."""

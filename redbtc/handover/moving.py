@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 
 from redbtc.handover.channel import MAX_FILES, Channel
@@ -11,8 +12,17 @@ from redbtc.server.connections import Connections
 from redbtc.server.leaving import LeftConnection, leave, stay_here
 from redbtc.server.listening import Server
 from redbtc.server.protocol import HTTPProtocol
+from redbtc.telemetry import log
 
 MAX_MOVED_BYTES = 1 << 20  # of what was received, in one message
+
+
+def moved_connections(message: Moved, files: list[int]) -> list[tuple[int, bytes]]:
+    """Return the files of connections that another process has left, with what was received on
+    each. Those are lost for which this process could not have a file."""
+    if lost := len(message.received) - len(files):
+        log(logging.ERROR, "connections lost", number=lost)
+    return list(zip(files, message.received, strict=False))
 
 
 class LeavingConnections:
@@ -35,7 +45,11 @@ class LeavingConnections:
                 self._take(each)
 
     def _take(self, protocol: HTTPProtocol) -> None:
-        if left := leave(protocol):
+        try:
+            left = leave(protocol)
+        except OSError:  # too many open files; once some were sent, it can be taken
+            return
+        if left:
             self._left.append(left)
             if left.task:
                 self._ending.add(left.task)
@@ -48,11 +62,13 @@ class LeavingConnections:
             await asyncio.wait(set(self._ending), timeout=seconds)
         return not self._ending
 
-    async def send(self, channel: Channel) -> None:
-        """Hand over those that were taken. Return once all are sent, those of another call as well.
-        Raises ChannelClosed."""
+    async def send(self, channel: Channel) -> bool:
+        """Hand over those that were taken, and return whether there were any. When this returns,
+        all are sent, those of another call as well. Raises ChannelClosed."""
         async with self._sending:
+            had_any = bool(self._left)
             await self._send_left(channel)
+            return had_any
 
     async def _send_left(self, channel: Channel) -> None:
         while self._left:

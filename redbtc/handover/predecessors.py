@@ -17,6 +17,7 @@ from redbtc.gateway.handover.predecessors import Predecessor
 from redbtc.gateway.handover.state import EarlierState, InFlightReport, InFlightState
 from redbtc.handover.channel import Channel, ChannelClosed
 from redbtc.handover.messages import AbortElsewhere, EndElsewhere, ForgetBodies, Forgot, Moved
+from redbtc.handover.moving import moved_connections
 from redbtc.telemetry import log, shown_error
 
 NUMBERS = itertools.count(1)  # of messages that are answered
@@ -51,8 +52,8 @@ class PredecessorChannel:
 
     async def _handle(self, message: object, files: list[int], adopt: Adopt) -> None:
         if isinstance(message, Moved):
-            for file, received in zip(files, message.received, strict=True):
-                await adopt(file, received)
+            for connection in moved_connections(message, files):
+                await adopt(*connection)
         elif isinstance(message, InFlightReport):
             await self._until_done(lambda: self.predecessor.note(message))
         elif isinstance(message, Forgot) and message.number in self._forgetting:

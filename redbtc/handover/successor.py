@@ -269,20 +269,21 @@ class Successor:
             took = time.monotonic() - began
             await asyncio.sleep(max(REPORT_SECONDS, took / REPORT_SHARE))
 
-    async def report(self) -> None:
-        """InFlightReport what has changed, and hand over the connections that can be. Raises
-        ChannelClosed."""
+    async def report(self) -> bool:
+        """Report what has changed, and hand over the connections that can be. Return whether there
+        were any. Raises ChannelClosed."""
         assert self._leaving is not None
         if self._reporter and (report := self._reporter.report()):
             await self._channel.send(report)
         self._leaving.take_all()
-        await self._leaving.send(self._channel)
+        return await self._leaving.send(self._channel)
 
     async def finish(self) -> None:
-        """InFlightReport for the last time: nothing is in flight any more."""
+        """Report for the last time: nothing is in flight any more."""
         with contextlib.suppress(ChannelClosed, TimeoutError):
             async with asyncio.timeout(FINISH_SECONDS):
-                await self.report()
+                while await self.report():
+                    pass
 
     async def _listen(self) -> None:
         while True:

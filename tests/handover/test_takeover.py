@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -18,6 +20,9 @@ import pytest
 
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.handover.telling import changed, not_less
+from redbtc.handover.channel import Channel
+from redbtc.handover.messages import Moved
+from redbtc.handover.moving import moved_connections
 from redbtc.locations import ObjectLocation
 from redbtc.store.database import Store
 from redbtc.store.objects import Objects
@@ -205,6 +210,71 @@ def test_a_killed_old_process_leaves_nothing_taken(
     assert not list(gateway.folder.glob("*.owed-*"))
     gateway.restart()
     assert len(gateway.rows()) == 2
+
+
+def test_files_that_a_process_may_not_have_are_missing_where_they_were_sent() -> None:
+    """Else the next client's connection would get what was received from another one."""
+
+    async def exchange() -> None:
+        own, other = socket.socketpair()
+        sending, receiving_end = Channel(own), Channel(other)
+        sent = [os.memfd_create(str(number)) for number in range(21)]
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            await sending.send(Moved([str(number).encode() for number in range(20)]), sent[:20])
+            await sending.send(Moved([b"20"]), sent[20:])
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(sent) + 11, limits[1]))
+            first, files = await receiving_end.receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        second, more = await receiving_end.receive()
+        connections = [*moved_connections(first, files), *moved_connections(second, more)]
+        assert 1 <= len(connections) < 21
+        for file, received in connections:
+            assert os.readlink(f"/proc/self/fd/{file}").startswith(f"/memfd:{received.decode()} ")
+        assert connections[-1][1] == b"20"
+        for each in [*sent, *(file for file, _ in connections)]:
+            os.close(each)
+        sending.close()
+        receiving_end.close()
+
+    asyncio.run(exchange())
+
+
+SLOW_BEGINS = f"""
+import asyncio, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.gateway import admitted_request
+
+begin_row = admitted_request.begin_row
+
+async def slow(store, row):
+    await begin_row(store, row)
+    await asyncio.sleep(60)
+
+if "REDBTC_HANDOVER" not in os.environ:
+    admitted_request.begin_row = slow
+"""
+
+
+def test_a_row_that_was_just_begun_is_closed(make_gateway: MakeGateway, upstream: Upstream) -> None:
+    """The old process is killed when the row is on the disk, and before it knows that."""
+    gateway = make_gateway()
+    gateway.prelude = SLOW_BEGINS
+    key = gateway.start().new_key()
+
+    def ask() -> None:
+        with contextlib.suppress(httpx2.HTTPError):
+            post(gateway, key)
+
+    request = threading.Thread(target=ask)
+    request.start()
+    wait_until(lambda: [each["outcome"] for each in gateway.rows()] == ["pending"])
+    before = reload(gateway)
+    before.kill()
+    gateway.wait_for_log('"predecessor died"')
+    request.join()
+    assert gateway.row()["outcome"] == "interrupted"
 
 
 SOON = f"""
