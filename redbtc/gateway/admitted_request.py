@@ -116,7 +116,6 @@ class AdmittedRequest(ForwardedRequest, Running):
             await self._begin()
             self.row.attempts = 0
         except BaseException:
-            self.gateway.in_flight.with_row.discard(self)
             self._give_back()
             raise
         return self
@@ -126,14 +125,14 @@ class AdmittedRequest(ForwardedRequest, Running):
             if isinstance(error, Exception) and not isinstance(error, (Refusal, ClientLeft)):
                 await self._interrupt()
         finally:
-            self.gateway.in_flight.with_row.discard(self)
             if self.recorder:
                 self.recorder.end(has_row=not isinstance(error, ClientLeft))
             self._give_back()
 
     def _give_back(self) -> None:
         """Give back the hold, the place at the upstream, and the count of a background response
-        that was not created."""
+        that was not created. The request is not in flight any more."""
+        self.gateway.in_flight.with_row.discard(self)
         if self.is_held:
             self.hold.release()
         if self._candidates and self._candidates.member:
