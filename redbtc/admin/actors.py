@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
 
 from redbtc.admin.outputs import AtWork, Reloaded, UpstreamAtWork, UpstreamRested
@@ -120,6 +121,9 @@ class RunningGateway(Protocol):
     async def reload(self) -> Reloaded:
         """Let a new process take over. Raises Conflict or UserError if none does."""
 
+    def checking(self) -> AbstractContextManager[None]:
+        """Return a context, the end of which SIGTERM does not wait for."""
+
     def at_work(self) -> AtWork:
         """Return what is in flight, what was refused since the start, and the upstreams."""
 
@@ -179,6 +183,10 @@ class StoppedGateway:
     async def reload(self) -> Reloaded:
         """Raise Conflict, since there is nothing to reload."""
         raise Conflict("no gateway is running")
+
+    def checking(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing, since a signal ends the command."""
+        return nullcontext()
 
     def at_work(self) -> AtWork:
         """Return that nothing is in flight."""

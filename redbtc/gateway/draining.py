@@ -39,8 +39,8 @@ async def drain(
 ) -> None:
     """Tell monitors that this process ends, and serve on for `delay` seconds, until a balancer has
     noticed. Then accept no more connections, and let requests in flight finish within `seconds`,
-    and clients read what was answered. Abort the rest. `server` is None if another process accepts
-    connections already."""
+    and clients read what was answered. Abort the rest, and checks of the database. `server` is None
+    if another process accepts connections already: then checks may finish, too."""
     gateway.draining = True
     if server:
         notify("STOPPING=1")
@@ -52,8 +52,8 @@ async def drain(
     gateway.drain()
 
     def is_busy() -> bool:
-        has_requests = gateway.in_flight.count > 0 or gateway.operations > 0
-        return has_requests or connections.unsent or bool(others)
+        operations = gateway.operations - (gateway.checks if server else 0)
+        return gateway.in_flight.count + operations > 0 or connections.unsent or bool(others)
 
     await wait_while(gateway, is_busy, seconds)
     log(logging.INFO, "stopping", in_flight=gateway.in_flight.count)

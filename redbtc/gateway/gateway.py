@@ -94,6 +94,7 @@ class Gateway:
             "redbtc_queued", "Requests waiting for a free place", lambda: self.limiter.queued
         )
         self.operations = 0  # requests of commands, users and accounts that are being answered
+        self.checks = 0  # those of them that check the database, which can take minutes
         self.draining = self.stopping = False
         self.admits = True  # False: another process does, which knows no request that begins here
         self.websockets: set[Session] = set()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from msgspec.structs import asdict
@@ -46,6 +48,15 @@ class GatewayView:
         gateway = self._gateway
         models = () if gateway.upstreams.named(DEMO) else offered_models(gateway.catalog.models)
         return offer_of(gateway.settings, own_login, models)
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """Don't let SIGTERM wait for the end of `with`: the database is checked."""
+        self._gateway.checks += 1
+        try:
+            yield
+        finally:
+            self._gateway.checks -= 1
 
     def serves(self, model: str) -> bool:
         """Return whether an upstream serves the model."""
