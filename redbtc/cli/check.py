@@ -24,6 +24,7 @@ from redbtc.gateway.model_catalog import fetch_catalog
 from redbtc.meter.error_codes import error_code_in
 from redbtc.rates import DEFAULT_TIER
 from redbtc.store.consistency import check_file, rows_of
+from redbtc.store.schema import newest_version
 from redbtc.times import now_ms
 from redbtc.upstream.certificates import check_ca_files
 from redbtc.upstream.configured import Upstreams
@@ -84,7 +85,7 @@ def check(context: CommandContext, upstreams: bool, as_json: bool) -> None:
         problems += check_file(loaded.database_path, currency)
         problems += check_documents(loaded)
         catalog_problems, notes = check_catalog(loaded, fetches=upstreams)
-        notes += check_unpriced(loaded)
+        notes += check_schema(loaded) + check_unpriced(loaded)
         asked = asyncio.run(ask_all(loaded.settings)) if upstreams else None
         found = Found(problems + catalog_problems, notes, warnings_of(loaded))
         show_check(loaded, found, asked, as_json)
@@ -108,7 +109,7 @@ def check_documents(loaded: LoadedSettings) -> list[str]:
 
 
 class Found(NamedTuple):
-    """The findings: problems, notes about the model catalogue, and warnings, a line each."""
+    """The findings: problems, notes and warnings, a line each."""
 
     problems: Sequence[str]
     notes: Sequence[str] = ()
@@ -181,6 +182,18 @@ def check_catalog(loaded: LoadedSettings, *, fetches: bool) -> tuple[list[str], 
 
 
 UNPRICED_NAMES = "SELECT model FROM unpriced_models ORDER BY requests DESC, model"
+
+
+def check_schema(loaded: LoadedSettings) -> list[str]:
+    """Return a note about a database that this version has to migrate."""
+    known = newest_version()
+    versions = rows_of(loaded.database_path, "PRAGMA user_version")
+    return [
+        f"the database has schema {version}; this version migrates it to {known} when it starts, "
+        "so reload is a short restart"
+        for (version,) in versions
+        if 0 < version < known
+    ]
 
 
 def check_unpriced(loaded: LoadedSettings) -> list[str]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from redbtc.store.schema import newest_version
 from tests.helpers.gateway import Gateway, MakeGateway, free_port
+from tests.helpers.ledgers import make_ledger
 from tests.helpers.upstream import (
     Received,
     Reply,
@@ -155,3 +157,17 @@ def test_wrong_settings_ask_nobody(make_gateway: MakeGateway, upstream: Upstream
     assert done.returncode == 2
     assert "server.prot" in json.loads(done.stdout)["problems"][0]
     assert not upstream.requests
+
+
+def test_a_migration_is_announced(make_gateway: MakeGateway) -> None:
+    gateway, newest = make_gateway(), newest_version()
+    assert gateway.cli("check")["notes"] == [], "there is no database yet"
+    make_ledger(gateway.database, newest - 1)
+    before = gateway.database.read_bytes()
+    said = f"the database has schema {newest - 1}; this version migrates it to {newest}"
+    assert [each for each in gateway.cli("check")["notes"] if each.startswith(said)]
+    assert gateway.database.read_bytes() == before
+    for file in gateway.folder.glob(f"{gateway.database.name}*"):
+        file.unlink()
+    make_ledger(gateway.database, newest)
+    assert not [each for each in gateway.cli("check")["notes"] if "schema" in each]
