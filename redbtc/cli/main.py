@@ -14,6 +14,7 @@ import httpx2
 import msgspec
 import orjson
 
+from redbtc.admin.http import ERROR_MESSAGES
 from redbtc.cli.connect import connect
 from redbtc.config import LoadedSettings, load_settings
 from redbtc.errors import UserError
@@ -90,9 +91,12 @@ def content_of(status: int, body: bytes) -> Any:
         content = orjson.loads(body)
     except orjson.JSONDecodeError:
         raise UserError(f"the gateway answered with status {status}; see its log") from None
-    if status >= 400:
-        raise UserError(content["error"]["message"])
-    return content
+    if status < 400:
+        return content
+    message = content["error"]["message"]
+    if message == ERROR_MESSAGES[404]:
+        message = "the running gateway has another version, without this command: restart it"
+    raise UserError(message)
 
 
 class LimitType(click.ParamType[Any]):

@@ -273,6 +273,25 @@ def test_a_new_process_that_is_too_late_does_not_serve(
         gateway.kill()
 
 
+WITHOUT_RELOAD = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.admin import http
+
+http.OPERATIONS = [each for each in http.OPERATIONS if each.path != "/reload"]
+"""
+
+
+def test_a_version_that_knows_no_reload(make_gateway: MakeGateway) -> None:
+    gateway = make_gateway()
+    gateway.prelude = WITHOUT_RELOAD
+    gateway.start()
+    done = gateway.run("reload")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "another version, without this command: restart it" in done.stderr
+    assert gateway.alive()
+
+
 SLOWLY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
