@@ -9,6 +9,7 @@ client sees the end of the answer. The code is in the package beside this file, 
 
     redbtc/server/        the client's side of HTTP: connections, heads, bodies, WebSocket frames
     redbtc/gateway/       the path of a request, and the routes
+    redbtc/handover/      a new process takes over from the running one
     redbtc/request_body/  what must be known of a request's body
     redbtc/limits/        requests in flight, requests and tokens per minute, memory for bodies
     redbtc/upstream/      the upstream side of HTTP: which upstream, and how to reach it
@@ -172,7 +173,8 @@ class GatewayProcess:
         self._connections = Connections(self._offers_websocket)
         self._servers: list[Server] = []
         self._server = self._public()
-        self.handover = Handover(self._server, self._connections, joining, self._end_after)
+        ends = self._end_after, self.end_if_failed
+        self.handover = Handover(self._server, self._connections, joining, *ends)
         self._draining: asyncio.Task[None] | None = None
         self._may_ignore_signal = False
         self._over = False  # the tasks may end
@@ -279,8 +281,8 @@ class GatewayProcess:
         os._exit(self.status)
 
     def _terminate(self) -> None:
-        """Drain. The second signal ends the process at once; if another process serves already, it
-        is the first that this process is sent."""
+        """Drain at the first signal, and end at once at the second. If a reload began the draining,
+        the first signal is ignored."""
         if self._draining and not self._may_ignore_signal:
             in_flight = self._service.gateway.in_flight.count if self._service else 0
             log(logging.WARNING, "terminated", in_flight=in_flight)
@@ -292,11 +294,9 @@ class GatewayProcess:
             draining = self._drain(server.drain_seconds, server.shutdown_delay_seconds)
             self._draining = asyncio.create_task(draining)
 
-    def _end_after(self, seconds: float | None) -> None:
+    def _end_after(self, seconds: float) -> None:
         """End the process as `_drain` does: another one serves."""
         self._may_ignore_signal = True
-        maximum = self._settings.server.drain_seconds
-        seconds = maximum if seconds is None else min(maximum, seconds)
         self._draining = asyncio.create_task(self._drain(seconds))
 
     async def _drain(self, seconds: float, delay: float = 0.0) -> None:

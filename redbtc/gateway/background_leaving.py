@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 
+from redbtc.errors import StorageUnavailable
 from redbtc.gateway.background_response import BackgroundResponse, Stage
 from redbtc.gateway.background_responses import BackgroundResponses
+from redbtc.store.health import RETRY_SECONDS
 
 
 class LeftResponses:
@@ -17,17 +20,17 @@ class LeftResponses:
         self._ids: list[str] = []
 
     async def begin(self) -> None:
-        """Leave all whose requests are over. The other process finds them in the ledger."""
+        """Leave all whose requests are over. The other process finds them in the ledger. Return
+        when what ends here is written."""
         background = self._background
         background.left = self
-        asking = background.tasks.difference(self._settling())
-        for task in asking:
+        for task in background.tasks.difference(self._settling()):
             task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
-        await asyncio.gather(*self._settling())
         for response in list(background.responses.values()):
             if response.stage is Stage.ALONE:
                 self._forget(response)
+        if background.tasks:
+            await asyncio.wait(set(background.tasks))
 
     def _settling(self) -> set[asyncio.Task[None]]:
         return {each.settling for each in self._background.responses.values() if each.settling}
@@ -41,11 +44,18 @@ class LeftResponses:
         self._forget(response)
         self._ids.append(response.row.response_id or "")
 
-    async def take_back(self) -> None:
-        """Ask for all of them here again: no other process has taken over. Raises
-        StorageUnavailable, sqlite3.Error."""
+    def take_back(self) -> None:
+        """Ask for all of them here again: no other process has taken over."""
         self._background.left = None
-        await self._background.resume(self.followed())
+        self._background.start(self._resume())
+
+    async def _resume(self) -> None:
+        while True:
+            try:
+                await self._background.resume(self.followed())
+                return
+            except (StorageUnavailable, sqlite3.Error):
+                await asyncio.sleep(RETRY_SECONDS)
 
     def followed(self) -> set[str]:
         """Return the ids of the responses whose requests are in flight."""

@@ -155,7 +155,7 @@ class BackgroundResponses:
             self._add(response)
             response.enter(Stage.ALONE)
             response.to_be_cancelled = must_stop(self._store, key.id)
-            self._start(self._ask_until_ended(response))
+            self.start(self._ask_until_ended(response))
 
     def keep(
         self, row: RequestRow, hold: Hold, unfinished: UnfinishedRow, chosen: set[str]
@@ -179,7 +179,7 @@ class BackgroundResponses:
         if written := self._save_if_changed(response):
             await written
         if self.left is None:
-            self._start(self._ask_until_ended(response))
+            self.start(self._ask_until_ended(response))
         else:
             self.left.add(response)
         return False
@@ -253,7 +253,7 @@ class BackgroundResponses:
         ]
         for each in running:
             each.to_be_cancelled = True
-            self._start(self._look_after(each))
+            self.start(self._look_after(each))
         return sum(each.stage is Stage.ALONE for each in running)
 
     async def _settle_if_ended(self, response: BackgroundResponse, report: Report) -> None:
@@ -270,10 +270,11 @@ class BackgroundResponses:
     def _settle(self, response: BackgroundResponse, report: Report, outcome: Outcome) -> None:
         """Begin to settle a response, unless that has begun."""
         if not response.has_ended:
-            response.settling = self._start(self._write(response, report, outcome))
+            response.settling = self.start(self._write(response, report, outcome))
             response.enter(Stage.SETTLING)
 
-    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start a task, which must not fail."""
         task = asyncio.create_task(work, name="background responses")
         self.tasks.add(task)
         task.add_done_callback(self._done)
@@ -314,8 +315,7 @@ class BackgroundResponses:
                 self._settle(response, Report(images=False), "upstream_failed")
 
     async def _try_to_look(self, response: BackgroundResponse) -> int:
-        """Ask for the response. Log an unexpected error and return 0: it is asked for again
-        later."""
+        """Ask for the response. On an unexpected error, log it and return 0."""
         try:
             return await self._look_after(response)
         except Exception as error:

@@ -21,7 +21,8 @@ DRAIN_LOOK_SECONDS = 0.05  # between two looks whether something is in flight
 class Others(Protocol):
     """Other processes whose requests in flight end with those of this one."""
 
-    def __bool__(self) -> bool:
+    @property
+    def are_finishing(self) -> bool:
         """Return whether there are any."""
 
     def end(self) -> None:
@@ -53,14 +54,18 @@ async def drain(
 
     def is_busy() -> bool:
         operations = gateway.operations - (gateway.checks if server else 0)
-        return gateway.in_flight.count + operations > 0 or connections.unsent or bool(others)
+        return (
+            gateway.in_flight.count + operations > 0 or connections.unsent or others.are_finishing
+        )
 
     await wait_while(gateway, is_busy, seconds)
     log(logging.INFO, "stopping", in_flight=gateway.in_flight.count)
     others.end()
     if gateway.in_flight.count:
         gateway.stop()
-    await wait_while(gateway, lambda: gateway.in_flight.count > 0 or bool(others), STOPPING_SECONDS)
+    await wait_while(
+        gateway, lambda: gateway.in_flight.count > 0 or others.are_finishing, STOPPING_SECONDS
+    )
 
 
 async def wait_while(gateway: Gateway, holds: Callable[[], bool], seconds: float) -> None:

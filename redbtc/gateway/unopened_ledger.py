@@ -13,6 +13,7 @@ from redbtc.billing.webhook_messages import (
     webhook_of,
 )
 from redbtc.config import BillingSettings
+from redbtc.errors import StorageUnavailable
 from redbtc.gateway.operator_messages import unhealthy_finding
 from redbtc.store.failures import LogFunction
 from redbtc.store.json_values import new_id
@@ -54,10 +55,12 @@ class UnopenedLedger:
 
     async def end(self, messages: WebhookMessages | None) -> None:
         """Stop sending. If the ledger is open, whose messages are `messages`, add the message to
-        it, so that the webhook is told when all is well. Raises StorageUnavailable."""
+        it, so that the webhook is told when all is well. If it fails again, it has a message of its
+        own."""
         if self._sending:
             self._sending.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sending
         if messages and self._message and webhook_of(self._settings):
-            await messages.store_sent(self._message, self._answer)
+            with contextlib.suppress(StorageUnavailable):
+                await messages.store_sent(self._message, self._answer)

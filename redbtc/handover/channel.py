@@ -64,8 +64,8 @@ class Channel:
                 raise ChannelClosed from None
 
     async def receive(self) -> tuple[Any, list[int]]:
-        """Return the next message and the files that came with it, for the caller to close. The
-        last ones are missing if this process may not have so many files. Raises
+        """Return the next message and the files that came with it, for the caller to close. Files
+        are missing at the end if this process has reached its limit of open files. Raises
         ChannelClosed."""
         while (found := self.take()) is None:
             await self.fill()
@@ -77,16 +77,25 @@ class Channel:
         self._read()
 
     def take(self) -> tuple[Any, list[int]] | None:
-        """Return the next message that has arrived, and its files; None if it is not whole."""
+        """Return the next message that has arrived, and its files; None if it is not whole, or is
+        one that only a newer version knows."""
         if len(self._received) < FRAME_HEAD.size:
             return None
         size, count = FRAME_HEAD.unpack_from(self._received)
         end = FRAME_HEAD.size + size
         if len(self._received) < end:
             return None
-        message = self._decoder.decode(memoryview(self._received)[FRAME_HEAD.size : end])
+        files = [self._files.popleft() for _ in range(min(count, len(self._files)))]
+        try:
+            message = self._decoder.decode(memoryview(self._received)[FRAME_HEAD.size : end])
+        except msgspec.ValidationError:
+            message = None
         del self._received[:end]
-        return message, [self._files.popleft() for _ in range(min(count, len(self._files)))]
+        if message is None:
+            for each in files:
+                os.close(each)
+            return None
+        return message, files
 
     def _read(self) -> None:
         """Read no more than the rest of a message: the files that come are those of this one."""

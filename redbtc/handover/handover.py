@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 from redbtc.admin.outputs import Reloaded
-from redbtc.errors import Conflict
+from redbtc.errors import Conflict, UserError
 from redbtc.gateway.service import Service
 from redbtc.handover.child import NotTakenOver
+from redbtc.handover.finishing import FinishingProcess
 from redbtc.handover.joining import Joining
 from redbtc.handover.predecessors import Predecessors
 from redbtc.handover.successor import Parts, Successor
@@ -19,7 +20,7 @@ from redbtc.server.connections import Connections
 from redbtc.server.listening import Server
 from redbtc.server.unix_socket import AdminServer
 from redbtc.systemd import ends_service, notify, reloading
-from redbtc.telemetry import log
+from redbtc.telemetry import log, shown_error
 from redbtc.waiting_process import tell_children
 
 RESTART_SECONDS = 30.0  # for requests in flight, if the ledger has to be migrated
@@ -33,21 +34,24 @@ class Handover:
         server: Server,
         connections: Connections,
         joining: Joining | None,
-        end: Callable[[float | None], None],
+        end: Callable[[float], None],
+        on_task_end: Callable[[asyncio.Task[Any]], None],
     ) -> None:
         """`end` is called when another process serves: this one is to finish what is in flight
-        within so many seconds (None: as the settings say)."""
+        within so many seconds. `on_task_end` is called with each task that has ended."""
         self._server = server
         self._connections = connections
         self._joining = joining
         self._end = end
+        self._on_task_end = on_task_end
         self.are_activated = False  # the listeners are those of systemd
         self._parts: Parts | None = None
+        self._is_wanted = False  # a signal to reload came before this process served
         self._reloading: asyncio.Task[Reloaded] | None = None
         self._on_signal: asyncio.Task[None] | None = None
         self._serving_moved: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
-        self._successor: Successor | None = None  # that serves
+        self._finishing: FinishingProcess | None = None  # another process serves
 
     # From the process before
 
@@ -55,7 +59,7 @@ class Handover:
         """Begin to serve, with what the process before this one hands over."""
         gateway, joining, server = service.gateway, self._joining, self._server
         turns = joining.turns if joining else None
-        predecessors = Predecessors(gateway, server.adopt, self._write_alone)
+        predecessors = Predecessors(gateway, server.adopt, self._write_alone, self._on_task_end)
         self._parts = Parts(
             service=service,
             server=server,
@@ -73,8 +77,11 @@ class Handover:
             for channel in joining.take_channels():
                 predecessors.add(channel)
             self._serving_moved = asyncio.create_task(joining.serve_moved(server.adopt))
+            self._serving_moved.add_done_callback(self._on_task_end)
         if joining is None or joining.files is None:  # else the process before this one says so
             notify("READY=1", f"MAINPID={os.getpid()}")
+        if self._is_wanted:
+            self.on_signal()
 
     def _write_alone(self) -> None:
         """No other process writes any more."""
@@ -84,7 +91,8 @@ class Handover:
         gateway.request_log.write_alone()
         self._parts = self._parts._replace(turns=None)
 
-    def __bool__(self) -> bool:
+    @property
+    def are_finishing(self) -> bool:
         """Return whether a process before this one still finishes its requests."""
         return self._parts is not None and bool(self._parts.predecessors)
 
@@ -98,13 +106,13 @@ class Handover:
     @property
     def is_over(self) -> bool:
         """Return whether another process serves."""
-        return self._successor is not None
+        return self._finishing is not None
 
     @property
     def successor_pid(self) -> int:
         """Return the id of the process that serves."""
-        assert self._successor is not None, "another process serves"
-        return self._successor.pid
+        assert self._finishing is not None, "another process serves"
+        return self._finishing.successor_pid
 
     def passing_on(self, number: int, handle: Callable[[], None]) -> None:
         """Handle a signal. The first process of a container gets those that are meant for the
@@ -115,19 +123,23 @@ class Handover:
 
     def on_signal(self) -> None:
         """Reload. How that ends is in the log."""
-        if self.is_over:
-            return
-        self._on_signal = asyncio.create_task(self._try(), name="reload")
+        self._is_wanted = self._parts is None
+        if not (self.is_over or self._is_wanted):
+            self._on_signal = asyncio.create_task(self._try(), name="reload")
 
     async def _try(self) -> None:
         try:
             await self.reload()
-        except (NotTakenOver, Conflict) as error:
+        except UserError as error:
             log(logging.ERROR, "not reloaded", reason=str(error))
+        except Exception as error:
+            log(
+                logging.ERROR, "not reloaded", reason="a fault of the gateway", **shown_error(error)
+            )
 
     async def reload(self) -> Reloaded:
-        """Let a new process take over. Raises NotTakenOver; or Conflict if this one is not serving
-        alone, or is about to end. Then it goes on as before."""
+        """Let a new process take over. Raises NotTakenOver; or Conflict if this one is starting,
+        reloading or about to end. Then it goes on as before."""
         if self._reloading:
             raise Conflict("another reload is under way")
         if self._parts is None or self._parts.service.gateway.draining:
@@ -150,11 +162,12 @@ class Handover:
                 self._reloading = None
 
     async def give_up(self) -> None:
-        """End a reload that is under way: this process is about to end."""
+        """End a reload that is under way, and begin none: this process is about to end."""
+        if self._parts:
+            self._parts.service.gateway.draining = True
         if self._reloading:
             self._reloading.cancel()
-            with contextlib.suppress(asyncio.CancelledError, NotTakenOver):
-                await self._reloading
+            await asyncio.wait([self._reloading])
 
     async def _reload(self, parts: Parts) -> Reloaded:
         successor = Successor(parts)
@@ -171,9 +184,12 @@ class Handover:
         # This process says it: systemd may believe no process but the main one (NotifyAccess=main),
         # and waits at a stop only for its own child, which the new process is only now.
         notify(f"MAINPID={successor.pid}", *([] if restart else ["READY=1"]))
-        self._successor = successor
-        self._following = asyncio.create_task(successor.follow(), name="successor")
-        seconds = RESTART_SECONDS if restart else None
+        self._finishing = successor.finishing()
+        self._following = asyncio.create_task(self._finishing.follow(), name="successor")
+        self._following.add_done_callback(self._on_task_end)
+        seconds = float(parts.service.gateway.settings.server.drain_seconds)
+        if restart:
+            seconds = min(seconds, RESTART_SECONDS)
         self._end(seconds)
         return Reloaded(
             pid=successor.pid,
@@ -184,5 +200,5 @@ class Handover:
 
     async def finish(self) -> None:
         """Tell the process that serves what is left to tell, before this one ends."""
-        if self._successor:
-            await self._successor.finish()
+        if self._finishing:
+            await self._finishing.finish()

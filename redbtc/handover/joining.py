@@ -60,8 +60,9 @@ class Joining:
         lock_file, database_file, turns_file, *rest = files
         turns = TurnsFile(turns_file)
         joining.files, joining.turns = JoinedFiles(lock_file, database_file, turns), turns
-        joining.admin_listener = rest.pop() if offer.has_admin else None
-        joining.listeners = [socket.socket(fileno=each) for each in rest]
+        listeners, admin = rest[: offer.listeners], rest[offer.listeners :]
+        joining.listeners = [socket.socket(fileno=each) for each in listeners]
+        joining.admin_listener = admin[0] if admin else None
         joining.are_activated = offer.are_activated
         if offer.database != str(database):
             raise UserError(
@@ -75,7 +76,8 @@ class Joining:
         migrate a copy: if that fails, so would the ledger. Raises UserError."""
         await try_migration(database, changes.before)
         try:
-            await self._channel.send(NeedsRestart(changes.before, changes.after, os.getpid()))
+            needs = NeedsRestart(changes.before, changes.after, RELEASE, os.getpid())
+            await self._channel.send(needs)
             message, _ = await self._channel.receive()
             assert isinstance(message, Restart)
         except ChannelClosed:
@@ -88,6 +90,7 @@ class Joining:
                 message, files = await self._channel.receive()
                 if isinstance(message, Moved):
                     self._moved += moved_connections(message, files)
+        self._channel.close()
 
     async def take_over(self, service: Service) -> None:
         """Say that this process is ready, and take over. Raises UserError."""

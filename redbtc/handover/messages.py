@@ -1,5 +1,6 @@
 """The messages between a gateway and the process that takes over from it. The two can be of
-different versions of this program: unknown fields are ignored, and new ones need a default.
+different versions of this program: unknown fields and messages are ignored, and new fields need a
+default.
 
     old process                                new process
     Offer (locks, listeners) ────────────────►
@@ -25,11 +26,10 @@ from redbtc.gateway.handover.state import GatewayState, InFlightReport
 class Offer(msgspec.Struct, tag=True):
     """The things that the new process needs to open the ledger beside the old one. Its files are
     the two locks of the database, the file whose locks are turns to write, the listeners, and the
-    listener of the socket for commands if `has_admin`."""
+    listener of the socket for commands if there is one."""
 
     database: str  # path
-    listeners: int
-    has_admin: bool
+    listeners: int  # how many
     are_activated: bool  # the listeners are those of a supervisor, whatever the settings say
 
 
@@ -45,6 +45,7 @@ class NeedsRestart(msgspec.Struct, tag=True):
 
     schema_before: int
     schema_after: int
+    version: str
     pid: int
 
 
@@ -91,7 +92,7 @@ class ForgetBodies(msgspec.Struct, tag=True):
 
 
 class Forgot(msgspec.Struct, tag=True):
-    """What the ForgetBodies of this number asks for is done."""
+    """The ForgetBodies with this number was carried out."""
 
     number: int
 

@@ -10,6 +10,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Awaitable, Callable, Collection
+from typing import Any
 
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.gateway import Gateway
@@ -57,7 +58,9 @@ class PredecessorChannel:
         elif isinstance(message, InFlightReport):
             await self._until_done(lambda: self.predecessor.note(message))
         elif isinstance(message, Forgot) and message.number in self._forgetting:
-            self._forgetting[message.number].set_result(None)
+            done = self._forgetting[message.number]
+            if not done.done():  # else nobody waits for it any more
+                done.set_result(None)
 
     async def _finish(self) -> None:
         interrupted = len(self.predecessor.rows)
@@ -143,11 +146,19 @@ class PredecessorChannel:
 class Predecessors:
     """The processes that this one has taken over from and that have not ended."""
 
-    def __init__(self, gateway: Gateway, adopt: Adopt, on_alone: Callable[[], None]) -> None:
-        """`on_alone` is called when the last of them has ended."""
+    def __init__(
+        self,
+        gateway: Gateway,
+        adopt: Adopt,
+        on_alone: Callable[[], None],
+        on_task_end: Callable[[asyncio.Task[Any]], None],
+    ) -> None:
+        """`on_alone` is called when the last of them has ended, `on_task_end` with each task that
+        has ended."""
         self._gateway = gateway
         self._adopt = adopt
         self._on_alone = on_alone
+        self._on_task_end = on_task_end
         self._following: dict[PredecessorChannel, asyncio.Task[None]] = {}
 
     def __bool__(self) -> bool:
@@ -158,6 +169,7 @@ class Predecessors:
         self._gateway.in_flight.elsewhere.append(channel)
         self._gateway.request_log.elsewhere.append(channel)
         task = asyncio.create_task(self._follow(channel), name="predecessor")
+        task.add_done_callback(self._on_task_end)
         self._following[channel] = task
 
     async def _follow(self, channel: PredecessorChannel) -> None:
@@ -178,12 +190,17 @@ class Predecessors:
 
     async def leave(self) -> list[tuple[PredecessorChannel, EarlierState, list[int]]]:
         """Stop following them. Return each with what another process needs to follow it."""
-        left = []
-        for channel, task in list(self._following.items()):
-            async with channel.paused():
-                task.cancel()
-                self._remove(channel)
-                left.append((channel, *channel.leave()))
+        left = list[tuple[PredecessorChannel, EarlierState, list[int]]]()
+        try:
+            for channel, task in list(self._following.items()):
+                async with channel.paused():
+                    if channel in self._following:  # it has not ended meanwhile
+                        task.cancel()
+                        self._remove(channel)
+                        left.append((channel, *channel.leave()))
+        except BaseException:
+            self.take_back(left)
+            raise
         return left
 
     def take_back(self, left: list[tuple[PredecessorChannel, EarlierState, list[int]]]) -> None:

@@ -5,47 +5,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
+import sqlite3
 import time
 from collections.abc import AsyncIterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.background_leaving import LeftResponses
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.handover.telling import Reporter, state_to_tell
 from redbtc.gateway.service import Service
-from redbtc.handover.channel import Channel, ChannelClosed
+from redbtc.handover.channel import MAX_FILES, Channel, ChannelClosed
 from redbtc.handover.child import Child, NotTakenOver
-from redbtc.handover.messages import (
-    AbortElsewhere,
-    EndElsewhere,
-    ForgetBodies,
-    Forgot,
-    Go,
-    NeedsRestart,
-    Offer,
-    Ready,
-    Restart,
-    Serves,
-)
+from redbtc.handover.finishing import FinishingProcess
+from redbtc.handover.messages import Go, NeedsRestart, Offer, Ready, Restart, Serves
 from redbtc.handover.moving import LeavingConnections
 from redbtc.handover.predecessors import PredecessorChannel, Predecessors
 from redbtc.server.connections import Connections
 from redbtc.server.listening import Server
 from redbtc.server.unix_socket import AdminServer
 from redbtc.store.turns import TurnsFile, new_turns
-from redbtc.telemetry import log
-
-T = TypeVar("T")
 
 START_SECONDS = 600  # for the new process to be ready; it may migrate a copy of the ledger
 HANDOVER_SECONDS = 10  # for each further step
-FINISH_SECONDS = 60  # for the last report, and connections with large bodies
-ORPHAN_SECONDS = 30  # for requests in flight, if the new process has died
-REPORT_SECONDS = 0.02  # between two reports, unless looking for changes takes long:
-REPORT_SHARE = 0.02  # of the time may be spent on it
+REQUEST_LOG_SECONDS = 60  # for what uses the request log
 
 
 class Parts(NamedTuple):
@@ -70,7 +54,6 @@ class Successor:
         self._is_abandoned = False
         self._reporter: Reporter | None = None  # None: the process begins when this one has ended
         self._left: list[PredecessorChannel] = []
-        self._forgetting: set[asyncio.Task[None]] = set()
         self._is_own_turns = parts.turns is None  # the file for turns is of no other process
         self.needs_restart: NeedsRestart | None = None
         self.version = ""
@@ -88,19 +71,18 @@ class Successor:
                 undo.callback(own.close)
                 self._child = await asyncio.to_thread(Child, other)
                 undo.pop_all()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
             self._close_files()
-            raise NotTakenOver(f"can't start a new process: {error.strerror}") from None
+            raise NotTakenOver(f"can't start a new process: {error}") from None
         self._channel = Channel(own)
         async with self._ended_on_failure(START_SECONDS, "it was not ready"):
             await self._channel.send(offer, files)
             answer, _ = await self._channel.receive()
         assert isinstance(answer, (Ready, NeedsRestart))
         self.pid = answer.pid
+        self.version = answer.version
         if isinstance(answer, NeedsRestart):
             self.needs_restart = answer
-        else:
-            self.version = answer.version
 
     def _offer(self) -> tuple[Offer, list[int]]:
         """Open what the process gets, and return the message and the files. Raises OSError."""
@@ -117,7 +99,6 @@ class Successor:
         offer = Offer(
             database=str(store.path),
             listeners=len(self._listeners),
-            has_admin=admin is not None,
             are_activated=parts.are_activated,
         )
         return offer, files
@@ -160,18 +141,20 @@ class Successor:
         """Let the process take over, and return for how many seconds new requests had to wait. When
         this returns, the process serves. Raises NotTakenOver, and then this one goes on as
         before."""
-        began = time.monotonic()
         try:
             async with contextlib.AsyncExitStack() as undo:
+                await self._share_request_log(undo)
+                began = time.monotonic()
                 await self._stop_admitting(undo)
-                await self._share(undo)
+                async with asyncio.timeout(HANDOVER_SECONDS):
+                    await self._share(undo)
                 async with self._ended_on_failure(HANDOVER_SECONDS, "it did not serve"):
                     await self._channel.send(self._state, self._state_files)
                     answer, _ = await self._channel.receive()
                     assert isinstance(answer, Serves)
                     await self._channel.send(Go())
                 undo.pop_all()
-        except (StorageUnavailable, OSError) as error:
+        except (StorageUnavailable, OSError, sqlite3.Error) as error:
             await self.abandon()
             reason = str(error) or "its disk does not answer"
             raise NotTakenOver(f"the ledger can't be handed over: {reason}") from None
@@ -196,6 +179,19 @@ class Successor:
         self._parts.admin_server.leave()
         for each in self._listeners:
             each.close()
+
+    async def _share_request_log(self, undo: contextlib.AsyncExitStack) -> None:
+        """Begin to use the request log in turns. Before that, what uses it has to be complete, such
+        as an erasure. Raises NotTakenOver."""
+        if self._is_own_turns:
+            undo.callback(self._gateway.request_log.write_alone)
+        try:
+            async with asyncio.timeout(REQUEST_LOG_SECONDS):
+                await self._gateway.request_log.share(self._turns)
+        except TimeoutError:
+            raise NotTakenOver(
+                f"the request log was in use for more than {REQUEST_LOG_SECONDS} s; try again later"
+            ) from None
 
     async def _stop_admitting(self, undo: contextlib.AsyncExitStack) -> None:
         parts, again = self._parts, [each.dup() for each in self._listeners]
@@ -223,17 +219,17 @@ class Successor:
         undo.callback(parts.service.start_sole_tasks)
         parts.service.stop_sole_tasks()
         background = LeftResponses(gateway.background)
-        undo.push_async_callback(background.take_back)
+        undo.callback(background.take_back)
         await background.begin()
         # First: when the last of them ends, this process writes without turns.
         left = await parts.predecessors.leave()
         undo.callback(parts.predecessors.take_back, left)
         undo.callback(self._take_back_ledger)
-        async with asyncio.timeout(HANDOVER_SECONDS):
-            await gateway.store.share(self._turns)
-        await gateway.request_log.share(self._turns)
+        await gateway.store.share(self._turns)
         self._state = state_to_tell(parts.service, background, [each for _, each, _ in left])
         self._state_files = [file for _, _, files in left for file in files]
+        if len(self._state_files) > MAX_FILES:
+            raise NotTakenOver("too many processes still finish their requests; try again later")
         self._reporter = Reporter(gateway, background, self._state.in_flight)
         self._left = [channel for channel, _, _ in left]
 
@@ -244,68 +240,12 @@ class Successor:
         finally:
             if self._is_own_turns:
                 store.write_alone()
-                self._gateway.request_log.write_alone()
 
     # Afterwards
 
-    async def follow(self) -> None:
-        """Hand over connections, report what ends here if the process wants to know, and abort what
-        it asks for, until it has ended. Then nobody serves, and no gateway can start before this
-        process has ended: abort what does not end before long."""
-        for channel in self._left:
-            channel.close()
-        if self._reporter:
-            self._gateway.upstreams.take_no_more()
-        with contextlib.suppress(ChannelClosed):
-            await asyncio.gather(self._report(), self._listen())
-        log(logging.ERROR, "successor died", pid=self.pid, seconds=ORPHAN_SECONDS)
-        await asyncio.sleep(ORPHAN_SECONDS)
-        self._gateway.stop()
-
-    async def _report(self) -> None:
-        while True:
-            began = time.monotonic()
-            await self.report()
-            took = time.monotonic() - began
-            await asyncio.sleep(max(REPORT_SECONDS, took / REPORT_SHARE))
-
-    async def report(self) -> bool:
-        """Report what has changed, and hand over the connections that can be. Return whether there
-        were any. Raises ChannelClosed."""
-        assert self._leaving is not None
-        if self._reporter and (report := self._reporter.report()):
-            await self._channel.send(report)
-        self._leaving.take_all()
-        return await self._leaving.send(self._channel)
-
-    async def finish(self) -> None:
-        """Report for the last time: nothing is in flight any more."""
-        with contextlib.suppress(ChannelClosed, TimeoutError):
-            async with asyncio.timeout(FINISH_SECONDS):
-                while await self.report():
-                    pass
-
-    async def _listen(self) -> None:
-        while True:
-            message, _ = await self._channel.receive()
-            if isinstance(message, AbortElsewhere):
-                for key_id in message.keys:
-                    self._gateway.in_flight.abort_key(key_id)
-                self._gateway.background.cancel(message.owner_id)
-            elif isinstance(message, EndElsewhere):
-                self._gateway.stop()
-            elif isinstance(message, ForgetBodies):
-                task = asyncio.create_task(self._forget(message), name="forget bodies")
-                self._forgetting.add(task)
-                task.add_done_callback(self._forgetting.discard)
-
-    async def _forget(self, message: ForgetBodies) -> None:
-        """Do what the message asks for, and say when it is done. Otherwise, the other process says
-        that it is not."""
-        bodies, account_id, key_id = self._gateway.request_log, message.account_id, message.key_id
-        with contextlib.suppress(StorageUnavailable, ChannelClosed):
-            if message.days is None:
-                await bodies.erase(account_id, key_id)
-            else:
-                await bodies.shorten(account_id, key_id, message.days, message.except_keys)
-            await self._channel.send(Forgot(message.number))
+    def finishing(self) -> FinishingProcess:
+        """Return this process as one that finishes its requests: the new one serves."""
+        assert self._leaving is not None, "it was handed over"
+        return FinishingProcess(
+            self._gateway, self._channel, self._leaving, self._reporter, self._left, self.pid
+        )

@@ -280,9 +280,9 @@ def test_a_row_that_was_just_begun_is_closed(make_gateway: MakeGateway, upstream
 SOON = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from redbtc.handover import successor
+from redbtc.handover import finishing
 
-successor.ORPHAN_SECONDS = 1
+finishing.ORPHAN_SECONDS = 1
 """
 
 

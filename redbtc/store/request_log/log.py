@@ -117,7 +117,9 @@ class RequestLog:
 
     async def share(self, turns: TurnsFile) -> None:
         """From now on, wait for a turn before each use of the file: another process uses it as
-        well. Return once it is not open here."""
+        well. Return once it is not open here without a turn."""
+        if self._worker.turns:
+            return
         self._worker.turns = WriteTurns(turns, REQUEST_LOG_DATABASE)
         while not self._worker.is_closed and self._worker.thread.is_alive():
             self._queue.filled.set()
