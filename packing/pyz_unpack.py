@@ -25,6 +25,7 @@ import shutil
 import signal
 import stat
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,7 @@ PROGRAM = "redbtc-proxy"
 CACHE = "REDBTC_CACHE"  # the environment variable with the folder to unpack into
 PARTIAL = ".partial"
 SIZES = "sizes.json"  # in the folder, the size of each file
+BUSY_SECONDS = 10  # for other starts, which look at the files at the same time
 
 
 def main() -> None:
@@ -126,11 +128,21 @@ def hold(folder: Path, archive: zipfile.ZipFile, wheels: list[str]) -> None:
 
     lock = open_lock(folder)
     fcntl.flock(lock, fcntl.LOCK_SH)
+    deadline = time.monotonic() + BUSY_SECONDS
     while not is_whole(folder):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not is_whole(folder):
-            unpack(archive, wheels, folder)
-            remove_others(folder)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                fail(
+                    f"{folder} lacks files, and a program that runs from it does not end. Restart "
+                    f"that one, or set {CACHE} to another folder"
+                )
+            time.sleep(0.05)
+        else:
+            if not is_whole(folder):
+                unpack(archive, wheels, folder)
+                remove_others(folder)
         fcntl.flock(lock, fcntl.LOCK_SH)  # another build may take the lock before, and remove it
 
 

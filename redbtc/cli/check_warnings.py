@@ -100,6 +100,7 @@ def warnings_of_permissions(loaded: LoadedSettings) -> Iterator[str]:
     """Warn of files that others can read or change."""
     path = loaded.database_path
     files = [suffixed(path, each) for each in FILE_SUFFIXES]
+    files += path.parent.glob(f"{path.name}.owed-*")
     request_log = path.with_name(REQUEST_LOG)
     files += [request_log, suffixed(request_log, "-wal"), suffixed(request_log, "-shm")]
     for file in files:

@@ -34,4 +34,6 @@ def reload(context: CommandContext, as_json: bool) -> None:
 
 def reloaded_text(found: dict[str, Any]) -> str:
     version = f" (version {found['version']})" if found["version"] else ""
+    if found["restarts"]:
+        return f"Process {found['pid']} serves now{version}, and the ledger is migrated."
     return f"Process {found['pid']} serves now{version}. The one before it finishes its requests."

@@ -4,7 +4,6 @@ is taken of its limits, backups, keys that expire, messages to the webhook, and 
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Iterator
 
@@ -12,18 +11,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from redbtc.gateway.gateway import Gateway
 from redbtc.gateway.watching import Watch
+from redbtc.release import RELEASE
 from redbtc.store.expiring_keys import EXPIRING_SOON_DAYS
 from redbtc.store.schema import newest_version
 from redbtc.telemetry import LOG, NOTED
 from redbtc.times import now_ms
-
-
-def program_version() -> str:
-    """Return the version of the installed package; "checkout" if none is installed."""
-    try:
-        return importlib.metadata.version("redbtc-proxy")
-    except importlib.metadata.PackageNotFoundError:
-        return "checkout"
 
 
 class OperatorMetrics:
@@ -32,7 +24,7 @@ class OperatorMetrics:
     def __init__(self, gateway: Gateway, watch: Watch) -> None:
         self._gateway = gateway
         self._watch = watch
-        self._build = [program_version(), str(newest_version())]
+        self._build = [RELEASE, str(newest_version())]
 
     def collect(self) -> Iterator[Metric]:
         """Return what prometheus-client asks for whenever the metrics are read."""

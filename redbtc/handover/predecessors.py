@@ -195,9 +195,9 @@ class Predecessors:
             for channel, task in list(self._following.items()):
                 async with channel.paused():
                     if channel in self._following:  # it has not ended meanwhile
+                        left.append((channel, *channel.leave()))
                         task.cancel()
                         self._remove(channel)
-                        left.append((channel, *channel.leave()))
         except BaseException:
             self.take_back(left)
             raise

@@ -62,9 +62,11 @@ FILE_SUFFIXES = (
     ".backups",
     ".restoring",
     ".restored",
-    ".trial",
 )
+# What else such a name may begin with.
+FILE_PREFIXES = (".rescue", ".replaced", ".owed-", ".trial")
 
+TRIAL_SUFFIXES = (".trial", ".trial-wal", ".trial-shm", ".trial-journal")
 FILE_CHECKS = {
     "integrity": "PRAGMA integrity_check(20)",
     "foreign keys": "PRAGMA foreign_key_check",
@@ -474,7 +476,7 @@ def _check_source(database: Path) -> os.stat_result:
 
 def _check_target(database: Path, path: Path) -> None:
     """Raise UserError if the backup would replace anything but an earlier backup."""
-    kept = path.name.startswith((f"{database.name}.rescue", f"{database.name}.replaced"))
+    kept = path.name.startswith(tuple(f"{database.name}{each}" for each in FILE_PREFIXES))
     is_log = path.name.startswith(REQUEST_LOG) and path.parent == database.parent
     if path in [suffixed(database, suffix) for suffix in FILE_SUFFIXES] or kept or is_log:
         raise UserError(f"{path} belongs to the database itself; choose another file")
@@ -563,14 +565,16 @@ def own_like(file: int, database: Path) -> None:
 
 
 def complete_restore(database: Path) -> Path | None:
-    """Finish a restore whose copy is ready, and remove a copy that is not. Return the file that
+    """Finish a restore whose copy is ready, and remove what killed processes have left: a copy that
+    is not ready, and one on which a migration was tried. Return the file that
     holds the replaced database, or None. The caller holds the database's lock, so no process has it
     open. Raises OSError.
 
     Every step can be repeated. The names come from the copy's own time, so that a repetition uses
     the same ones. A -wal is renamed before its database, and both before the copy takes their
     place: SQLite would apply a -wal to whatever database is beside it."""
-    suffixed(database, ".restoring").unlink(missing_ok=True)
+    for unfinished in (".restoring", *TRIAL_SUFFIXES):
+        suffixed(database, unfinished).unlink(missing_ok=True)
     restored = suffixed(database, ".restored")
     if not restored.exists():
         return None

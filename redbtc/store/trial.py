@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sqlite3
 from pathlib import Path
 
 from redbtc.errors import UserError
 from redbtc.locations import joined_models
-from redbtc.store.backup import check_space, copy, suffixed
+from redbtc.store.backup import TRIAL_SUFFIXES, check_space, copy, suffixed
 from redbtc.store.opening import run_migrations
 from redbtc.store.schema import migrations, schema
 from redbtc.store.writer import Writer
@@ -19,7 +18,7 @@ from redbtc.store.writer import Writer
 async def try_migration(database: Path, version: int) -> None:
     """Migrate a copy of the database, which is in use and has this schema, and remove the copy.
     Raises UserError if that fails."""
-    trial = suffixed(database, ".trial")
+    trial = suffixed(database, TRIAL_SUFFIXES[0])
     try:
         await asyncio.to_thread(_copy, database, trial)
         writer = Writer(trial, "normal")
@@ -31,12 +30,12 @@ async def try_migration(database: Path, version: int) -> None:
     except (sqlite3.Error, OSError) as error:
         raise UserError(f"a copy of {database} could not be migrated: {error}") from None
     finally:
-        _remove(trial)
+        _remove(database)
 
 
 def _copy(database: Path, trial: Path) -> None:
     check_space(database, database.parent, migrating=True)
-    _remove(trial)
+    _remove(database)
     file = os.open(trial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         copy(database, file, trial)
@@ -44,7 +43,6 @@ def _copy(database: Path, trial: Path) -> None:
         os.close(file)
 
 
-def _remove(trial: Path) -> None:
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{trial}{suffix}")
+def _remove(database: Path) -> None:
+    for suffix in TRIAL_SUFFIXES:
+        suffixed(database, suffix).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -271,6 +272,23 @@ def test_a_new_process_that_is_too_late_does_not_serve(
         assert gateway.terminate() == 0
     finally:
         gateway.kill()
+
+
+def test_a_reload_during_the_start_is_done_after_it(gateway: Gateway, key: str) -> None:
+    gateway.terminate()
+    with contextlib.closing(sqlite3.connect(gateway.database)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        gateway.start()
+        assert post_once(gateway, key) == 503
+        gateway.signal(signal.SIGUSR2)
+        time.sleep(0.2)
+        other.rollback()
+    gateway.wait_for_log('"handed over"')
+    assert gateway.process is not None
+    assert gateway.process.wait() == 0
+    pid = json.loads([line for line in gateway.log().splitlines() if '"handed over"' in line][-1])
+    gateway.process = Adopted(pid["pid"])
+    assert post_once(gateway, key) == 200
 
 
 WITHOUT_RELOAD = f"""

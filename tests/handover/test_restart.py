@@ -93,6 +93,15 @@ def test_a_migration_that_would_fail_changes_nothing(
     assert gateway.alive()
 
 
+def test_a_copy_that_a_killed_process_has_left_is_removed(gateway: Gateway) -> None:
+    gateway.terminate()
+    left = [gateway.folder / f"redbtc.db.trial{suffix}" for suffix in ("", "-wal", "-shm")]
+    for each in left:
+        each.touch()
+    gateway.start()
+    assert not any(each.exists() for each in left)
+
+
 # SIGTERM
 
 

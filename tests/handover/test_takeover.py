@@ -11,18 +11,22 @@ import socket
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import psutil
 import pytest
+from msgspec import Struct
 
 from redbtc.errors import StorageUnavailable
 from redbtc.gateway.handover.telling import changed, not_less
 from redbtc.handover.channel import Channel
-from redbtc.handover.messages import Moved
+from redbtc.handover.messages import Forgot, Moved
 from redbtc.handover.moving import moved_connections
+from redbtc.handover.predecessors import Predecessors
 from redbtc.locations import ObjectLocation
 from redbtc.store.database import Store
 from redbtc.store.objects import Objects
@@ -241,6 +245,102 @@ def test_files_that_a_process_may_not_have_are_missing_where_they_were_sent() ->
     asyncio.run(exchange())
 
 
+def test_a_message_of_a_newer_version_is_skipped() -> None:
+    """The new process may know messages that the old one does not."""
+
+    async def exchange() -> None:
+        own, other = socket.socketpair()
+        sending, receiving_end = Channel(own), Channel(other)
+        file = os.memfd_create("file")
+        unheard: Any = Unheard(1)
+        await sending.send(unheard, [file])
+        await sending.send(Forgot(2))
+        assert await receiving_end.receive() == (Forgot(2), [])
+        sending.close()
+        receiving_end.close()
+        os.close(file)
+
+    asyncio.run(exchange())
+
+
+class Unheard(Struct, tag="unheard", array_like=True):
+    number: int
+
+
+class Following:
+    """A stand-in for the channel to a process that this one has taken over from."""
+
+    def __init__(self) -> None:
+        self.handling = asyncio.Lock()
+        self.has_ended = asyncio.Event()
+        self.fails = False
+        self.taken_back = 0
+
+    async def follow(self, adopt: Any) -> None:
+        await self.has_ended.wait()
+
+    def paused(self) -> asyncio.Lock:
+        return self.handling
+
+    def leave(self) -> tuple[Any, list[int]]:
+        if self.fails:
+            raise OSError("no descriptor")
+        return None, []
+
+    def take_back(self, gateway: Any, state: Any) -> None:
+        self.taken_back += 1
+
+
+def followed(number: int) -> tuple[Predecessors, list[Any], list[str]]:
+    """Processes that are followed, and what happens to them."""
+    happened = list[str]()
+    lists = SimpleNamespace(elsewhere=[])
+    gateway: Any = SimpleNamespace(in_flight=lists, request_log=SimpleNamespace(elsewhere=[]))
+
+    def on_end(task: asyncio.Task[Any]) -> None:
+        happened.append("cancelled" if task.cancelled() else "ended")
+
+    adopt: Any = None
+    found = Predecessors(gateway, adopt, lambda: happened.append("alone"), on_end)
+    channels: list[Any] = [Following() for _ in range(number)]
+    for each in channels:
+        found.add(each)
+    return found, channels, happened
+
+
+def test_one_that_ends_while_all_are_left_is_not_left() -> None:
+    async def leave() -> None:
+        found, channels, happened = followed(2)
+        async with channels[0].handling:
+            leaving = asyncio.create_task(found.leave())
+            await asyncio.sleep(0.01)
+            channels[0].has_ended.set()
+            await asyncio.sleep(0.01)
+        assert [each for each, _, _ in await leaving] == channels[1:]
+        await asyncio.sleep(0.01)
+        assert happened == ["ended", "cancelled"]
+        assert not found
+
+    asyncio.run(leave())
+
+
+def test_if_one_can_t_be_left_all_are_followed_again() -> None:
+    async def leave() -> None:
+        found, channels, happened = followed(2)
+        channels[1].fails = True
+        with pytest.raises(OSError, match="no descriptor"):
+            await found.leave()
+        for each in channels:
+            each.has_ended.set()
+        await asyncio.sleep(0.01)
+        assert channels[0].taken_back == 1
+        assert happened.count("ended") == 2
+        assert happened.count("alone") == 1
+        assert not found
+
+    asyncio.run(leave())
+
+
 SLOW_BEGINS = f"""
 import asyncio, os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -448,6 +548,49 @@ def test_erased_bodies_do_not_come_back_from_the_old_process(
     for file in gateway.folder.glob("request_log.db*"):
         for text in (b"canary", b"response.completed"):
             assert text not in file.read_bytes()
+
+
+SLOW_ERASURE = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.store.request_log import log
+
+erase_all_of = log.erase_all_of
+
+def slowly(*values, **more):
+    open("erasing", "w").close()
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    return erase_all_of(*values, **more)
+
+log.erase_all_of = slowly
+"""
+
+
+def test_requests_do_not_wait_for_a_long_use_of_the_request_log(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """An erasure can take minutes. Only the reload waits for it."""
+    gateway = make_gateway()
+    gateway.prelude = SLOW_ERASURE
+    gateway.start()
+    key = gateway.new_key()
+    gateway.cli("account", "log", "test", "--days", "1")
+    assert post(gateway, key).status_code == 200
+    with ThreadPoolExecutor(2) as pool:
+        erased = pool.submit(gateway.run, "account", "log", "test", "--off", "--purge")
+        wait_until((gateway.folder / "erasing").exists)
+        reloaded = pool.submit(reload, gateway)
+        pid = gateway.pid
+        wait_until(lambda: psutil.Process(pid).children())
+        for _ in range(20):
+            assert post(gateway, key).status_code == 200
+            time.sleep(0.1)
+        assert not reloaded.done()
+        (gateway.folder / "go").touch()
+        assert erased.result().returncode == 0
+        assert reloaded.result().wait() == 0
+    assert post(gateway, key).status_code == 200
 
 
 def shown(gateway: Gateway, request_id: str) -> str:

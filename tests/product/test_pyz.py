@@ -350,6 +350,30 @@ def test_a_new_build_removes_old_ones_that_are_not_used(
     assert "3333" in folder.name
 
 
+def test_a_used_folder_that_lacks_files_is_named(
+    run: Run, pyz: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The folder can't be replaced under a program that runs from it."""
+    env = {"PATH": os.environ["PATH"], "REDBTC_CACHE": str(cache)}
+    used = subprocess.Popen(
+        [NEW[0], pyz, "serve", "--demo", "--port", "0", "--json"],
+        env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert used.stdout
+        assert b"{" in used.stdout.readline()
+        (folder,) = unpacked(cache)
+        (folder / "redbtc" / "money.py").unlink()
+        done = run("--help")
+        assert done.returncode == 1
+        assert "lacks files, and a program that runs from it does not end" in done.stderr
+        assert used.poll() is None
+    finally:
+        used.kill()
+        used.communicate()
+    assert run("--help").returncode == 0, "unpacked again"
+
+
 def test_settings_beside_the_file_are_used(run: Run, pyz: Path, tmp_path: Path) -> None:
     folder = tmp_path / "program"
     folder.mkdir()

@@ -496,6 +496,8 @@ def test_keep_is_at_least_one(commands: Commands) -> None:
         "redbtc.db.restored",
         "redbtc.db.replaced-20261129T101530.123Z",
         "redbtc.db.rescue-20261129T101530Z",
+        "redbtc.db.owed-4711",
+        "redbtc.db.trial-wal",
         "config.toml",
         "null",
         "theirs.db",
