@@ -485,7 +485,7 @@ def lacks_all_keys(settings: Settings) -> bool:
 
 
 def settings_at_restart(old: Settings, new: Settings) -> list[str]:
-    """Return the names of settings that differ and that only a restart applies."""
+    """Return the names of settings that differ and that only a new process can apply."""
     pairs = {
         "server.host": (old.server.hosts, new.server.hosts),
         "server.port": (old.server.port, new.server.port),

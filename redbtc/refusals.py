@@ -56,7 +56,7 @@ REFUSALS: dict[str, tuple[int, str, str]] = {
     "ledger_unavailable": (503, SERVER, "Usage can't be recorded right now. Try again later."),
     "overloaded": (503, SERVER, "The gateway is out of memory. Try again later."),
     "maintenance": (503, SERVER, "The gateway is under maintenance. Try again later."),
-    "draining": (503, SERVER, "The gateway is shutting down. Try again."),
+    "draining": (503, SERVER, "The gateway is restarting or shutting down. Try again."),
     "upstream_timeout": (504, SERVER, "The upstream took too long to answer."),
 }
 

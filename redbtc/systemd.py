@@ -46,9 +46,9 @@ def reloading() -> tuple[str, str]:
 
 
 def ends_service() -> bool:
-    """Return whether systemd takes the end of this process for the end of its service, whatever
-    takes its place: it has started this process as Type=simple or Type=exec, and listens to no
-    messages. (SYSTEMD_EXEC_PID is set by systemd 248 and newer.)"""
+    """Return whether systemd stops the service when this process ends, even if another one has
+    taken over: the service is of Type=simple or Type=exec, so systemd listens to no messages.
+    (SYSTEMD_EXEC_PID is set by systemd 248 and newer.)"""
     is_main = os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
     return is_main and "NOTIFY_SOCKET" not in os.environ
 

@@ -59,7 +59,7 @@ class AskedUpstream(msgspec.Struct):
         return f"upstream {self.name}: {said}"
 
 
-@commands.command()
+@commands.command(short_help="Check the settings and the database, and warn.")
 @click.option(
     "--upstreams",
     is_flag=True,

@@ -16,7 +16,7 @@ from redbtc.errors import UserError
 FILES = ("config.toml", "prices.toml")
 
 
-@commands.command()
+@commands.command(short_help="Make a folder with settings and example prices.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @json_option
 def init(folder: Path, as_json: bool) -> None:

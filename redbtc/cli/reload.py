@@ -9,15 +9,15 @@ import click
 from redbtc.cli.main import CommandContext, commands, json_option, show
 
 
-@commands.command()
+@commands.command(short_help="Let a new process of the gateway take over.")
 @json_option
 @click.pass_obj
 def reload(context: CommandContext, as_json: bool) -> None:
-    """Let a new process of the gateway take over, without a request that is refused or cut off.
+    """Let a new process of the gateway take over; no request is refused.
 
     The new process has the program and the settings that are on the disk now, and the environment
-    of the one that runs. That one finishes its requests, for at most server.drain_seconds. If the
-    new process can't serve, this command says why, with exit status 1, and nothing changes.
+    of the one that runs. That one has server.drain_seconds to finish its requests. If the new
+    process can't serve, this command says why, with exit status 1, and nothing changes.
 
     If the new program has to migrate the ledger, the gateway restarts: requests in flight have 30
     seconds to finish, and new ones wait until it serves again."""

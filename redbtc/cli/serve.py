@@ -1,4 +1,4 @@
-"""The commands serve and check."""
+"""The command serve."""
 
 from __future__ import annotations
 

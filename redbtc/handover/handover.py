@@ -146,8 +146,8 @@ class Handover:
             raise Conflict("the gateway is starting or stopping; try again")
         if ends_service():
             raise NotTakenOver(
-                "systemd would end the service with this process: set Type=notify and "
-                "NotifyAccess=all in its unit (deploy/redbtc-proxy.service has them), or restart it"
+                "systemd would end the service with this process: set Type=notify in its unit "
+                "(deploy/redbtc-proxy.service has it), or restart it"
             )
         notify(*reloading())
         self._reloading = asyncio.create_task(self._reload(self._parts), name="reload")

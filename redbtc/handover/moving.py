@@ -19,7 +19,7 @@ MAX_MOVED_BYTES = 1 << 20  # of what was received, in one message
 
 def moved_connections(message: Moved, files: list[int]) -> list[tuple[int, bytes]]:
     """Return the files of connections that another process has left, with what was received on
-    each. Those are lost for which this process could not have a file."""
+    each. The last ones are lost if this process has reached its limit of open files."""
     if lost := len(message.received) - len(files):
         log(logging.ERROR, "connections lost", number=lost)
     return list(zip(files, message.received, strict=False))

@@ -1,4 +1,4 @@
-"""Leave the connections of clients to another process."""
+"""Take connections from the server, for another process to go on with."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ let_fail(websocket_protocol.WebSocketProtocol, "_count")
 let_fail(event_meter.EventMeter, "take")
 let_fail(turn_response.TurnResponse, "following")
 let_fail(client_sender.ClientSender, "send")
-let_fail(background_responses.BackgroundResponses, "_start")
+let_fail(background_responses.BackgroundResponses, "start")
 """
 RESPONSE = {"model": "m", "input": "Hi"}
 CHAT = {"model": "m", "stream": True, "messages": []}
@@ -261,7 +261,7 @@ def test_no_memory_to_settle_a_background_response_is_tried_again(
     with starving.client(starving.new_key()) as client:
         answer = client.post("/responses", json={**RESPONSE, "background": True})
         assert answer.status_code == 200
-        file = let_fail(starving, "BackgroundResponses._start")
+        file = let_fail(starving, "BackgroundResponses.start")
         has_ended.set()
         with contextlib.suppress(httpx2.RemoteProtocolError):  # where the answer had begun
             check_refusal(client.get("/responses/resp_1"))
