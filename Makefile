@@ -13,7 +13,7 @@ run: $(VENV)/runtime ## Run the gateway: OpenAI if OPENAI_API_KEY is set, else a
 	exec $(RUN) redbtc_proxy.py serve --first-run --demo-if-no-key
 
 test: $(VENV)/dev tests/node_modules lint ## Check style and types, run all tests
-	$(RUN) -m pytest --numprocesses 3 --dist worksteal
+	$(RUN) -m pytest --numprocesses 4 --dist worksteal
 
 test-fast: $(VENV)/dev ## Run in a minute the tests that start no process, and some that do
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal -m "not slow and (front_door or not process)"

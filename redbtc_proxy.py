@@ -77,7 +77,6 @@ from redbtc.telemetry import LOG, Telemetry, log, shown_error
 from redbtc.unexpected import log_unexpected_errors
 from redbtc.upstream.upstreams import PING_SECONDS
 
-OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
 EXIT_SOFTWARE = 70  # a task of the process has ended (EX_SOFTWARE of sysexits.h)
 
 
@@ -161,7 +160,6 @@ class GatewayProcess:
     def __init__(self, loaded: LoadedSettings, settings: Settings, joining: Joining | None) -> None:
         self._loaded = loaded
         self._settings = settings
-        self._joining = joining
         self.telemetry = Telemetry()
         self.status = 0  # the exit status
         self._service: Service | None = None  # None until the ledger is open
@@ -193,8 +191,8 @@ class GatewayProcess:
         refused; a process that takes over from another one waits. Raises UserError where the ledger
         can't be opened."""
         self._opening, self.handover.are_activated = opening, listeners.are_activated
-        await asyncio.wait([opening], timeout=None if self._joining else OPENING_SECONDS)
-        if self._draining:
+        await self.handover.until_open(opening)
+        if self._draining and not self.handover.must_serve:
             self._over = True
             return
         if opening.done():

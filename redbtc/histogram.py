@@ -42,7 +42,10 @@ class Histogram:
         return [self.total, *self._counts]
 
     def add(self, numbers: Sequence[float]) -> None:
-        """Add the `numbers` of another histogram with the same limits."""
+        """Add the `numbers` of another histogram with the same limits. Those of other limits are
+        ignored: they are of another version."""
+        if len(numbers) != len(self._counts) + 1:
+            return
         self.total += numbers[0]
         for place, number in enumerate(numbers[1:]):
             self._counts[place] += int(number)

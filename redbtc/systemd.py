@@ -30,11 +30,10 @@ def notify(*lines: str) -> bool:
         return False
     if address.startswith("@"):  # a socket without a file
         address = f"\0{address[1:]}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.settimeout(SEND_SECONDS)
-        with contextlib.suppress(OSError):
-            sock.sendto("\n".join(lines).encode(), address)
-            return True
+        sock.sendto("\n".join(lines).encode(), address)
+        return True
     return False
 
 

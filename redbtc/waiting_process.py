@@ -47,18 +47,21 @@ def start_and_wait(files: Sequence[int], command: Sequence[str]) -> int:
 
 def wait_as_first(pid: int) -> int:
     """Wait until a process has ended, with those that it leaves behind, and pass signals on to
-    them. Return the exit status: 0, or that of the first of them that fails."""
+    them. Return the exit status: 0, or that of the first of them that fails. If one fails that has
+    taken over from it, wait until it has ended."""
     pass_on(tell_children)
-    waiting = {pid}
+    waiting, failed = {pid}, 0
     while waiting:
         ended, status = os.wait()
+        code = os.waitstatus_to_exitcode(status)
         if ended not in waiting:
+            failed = failed or code
             continue
         waiting.discard(ended)
-        if code := os.waitstatus_to_exitcode(status):
+        if code:
             return shell_status(code)
         waiting |= set(children())
-    return 0
+    return shell_status(failed)
 
 
 def pass_on(send: Callable[[int], None]) -> None:

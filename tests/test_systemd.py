@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import subprocess
@@ -60,6 +61,15 @@ def manager(
 def test_lines_are_one_message(manager: Manager) -> None:
     assert notify("READY=1", "STATUS=Serving at 127.0.0.1:8080, München")
     assert manager.receive() == ["READY=1", "STATUS=Serving at 127.0.0.1:8080, München"]
+
+
+def test_no_descriptor_to_notify_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_socket(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/notify")
+    monkeypatch.setattr(socket, "socket", no_socket)
+    assert not notify("READY=1")
 
 
 @pytest.mark.parametrize("address", [None, "", "vsock:2:1", "/nowhere/at/all", "@nobody-listens"])

@@ -85,6 +85,9 @@ class TakingOver(Protocol):
     async def take_over(self, service: Service) -> None:
         """Say that this process is ready, and take over. Raises UserError."""
 
+    def refuse(self) -> None:
+        """Let requests be refused until the ledger can be opened."""
+
 
 class Process(Protocol):
     """The process, as far as opening the ledger needs it."""
@@ -216,6 +219,8 @@ async def open_ledger(
             return billing
         except LedgerDamaged as error:
             unopened.note(str(error))
+            if joining:
+                joining.refuse()
             if str(error) != said:
                 said = str(error)
                 log(logging.CRITICAL, "ledger damaged", reason=said, what_to_do=DAMAGED_AT_START)
@@ -225,6 +230,8 @@ async def open_ledger(
         except (StorageUnavailable, DatabaseInUse) as error:
             if not (said or joining) and isinstance(error, DatabaseInUse):
                 raise
+            if joining:
+                joining.refuse()
             if str(error) != said:
                 said = str(error)
                 log(logging.ERROR, "ledger unavailable", reason=said)

@@ -36,13 +36,15 @@ class LeftResponses:
         return {each.settling for each in self._background.responses.values() if each.settling}
 
     def _forget(self, response: BackgroundResponse) -> None:
+        response.is_left = True
         response.hold.release()
         self._background.remove(response)
 
     def add(self, response: BackgroundResponse) -> None:
-        """Leave a response, whose request is over."""
-        self._forget(response)
-        self._ids.append(response.row.response_id or "")
+        """Leave a response, whose request is over, unless `begin` has."""
+        if not response.is_left:
+            self._forget(response)
+            self._ids.append(response.row.response_id or "")
 
     def take_back(self) -> None:
         """Ask for all of them here again: no other process has taken over."""

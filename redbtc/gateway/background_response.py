@@ -66,6 +66,7 @@ class BackgroundResponse:
         self.chosen = None if chosen is None else {hash(each) for each in chosen}
         self.stage = Stage.FOLLOWED
         self.settling: asyncio.Task[None] | None = None  # in the stage SETTLING
+        self.is_left = False  # another process asks for it
         self.to_be_cancelled = False  # its key was reported as compromised
         self.hold = hold
         self._readers: set[Report] = set()

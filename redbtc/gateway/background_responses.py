@@ -178,10 +178,10 @@ class BackgroundResponses:
         response.note_status(report.status)
         if written := self._save_if_changed(response):
             await written
-        if self.left is None:
-            self.start(self._ask_until_ended(response))
-        else:
+        if self.left:
             self.left.add(response)
+        elif not response.is_left:
+            self.start(self._ask_until_ended(response))
         return False
 
     def add_reader(self, response_id: str, report: Report) -> None:

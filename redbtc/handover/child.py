@@ -76,11 +76,11 @@ class Child:
                 os.write(2, data)
         os.close(reading)
 
-    def end(self) -> str:
-        """End the process if it runs. Return why it has ended: the last line that it has written,
-        without those of the log. Blocks."""
+    def end(self, *, at_once: bool) -> str:
+        """End the process if it runs; with `at_once`, kill it. Return why it has ended: the last
+        line that it has written, without those of the log. Blocks."""
         status = self._wait(OWN_END_SECONDS)
-        if status is None:
+        if status is None and not at_once:
             self._process.terminate()
             status = self._wait(CHILD_END_SECONDS)
         if status is None:

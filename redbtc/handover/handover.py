@@ -23,6 +23,8 @@ from redbtc.systemd import ends_service, notify, reloading
 from redbtc.telemetry import log, shown_error
 from redbtc.waiting_process import tell_children
 
+OPENING_SECONDS = 2.0  # if the ledger is not open after them, requests are answered without it
+SERVING_SECONDS = 0.01  # between two looks whether this process serves
 RESTART_SECONDS = 30.0  # for requests in flight, if the ledger has to be migrated
 
 
@@ -55,6 +57,12 @@ class Handover:
 
     # From the process before
 
+    async def until_open(self, opening: asyncio.Task[Service]) -> None:
+        """Wait until `opening` is done, or requests are to be refused until it is."""
+        if self._joining:
+            await self._joining.until_open(opening)
+        await asyncio.wait([opening], timeout=OPENING_SECONDS)
+
     def begin(self, service: Service, admin_server: AdminServer) -> None:
         """Begin to serve, with what the process before this one hands over."""
         gateway, joining, server = service.gateway, self._joining, self._server
@@ -82,6 +90,11 @@ class Handover:
             notify("READY=1", f"MAINPID={os.getpid()}")
         if self._is_wanted:
             self.on_signal()
+
+    @property
+    def must_serve(self) -> bool:
+        """Return whether this process has taken over from another one."""
+        return self._joining is not None and self._joining.has_taken_over
 
     def _write_alone(self) -> None:
         """No other process writes any more."""
@@ -162,7 +175,13 @@ class Handover:
                 self._reloading = None
 
     async def give_up(self) -> None:
-        """End a reload that is under way, and begin none: this process is about to end."""
+        """End a reload that is under way, and begin none: this process is about to end. Wait for
+        the process before this one if that ends for it, and until this one serves if it has taken
+        over: systemd ends all others with it."""
+        if self._joining:
+            await self._joining.until_ended()
+        while self.must_serve and not self._parts:
+            await asyncio.sleep(SERVING_SECONDS)
         if self._parts:
             self._parts.service.gateway.draining = True
         if self._reloading:
@@ -181,12 +200,12 @@ class Handover:
         else:
             waited = await successor.hand_over()
             log(logging.INFO, "handed over", pid=successor.pid, paused_ms=round(waited * 1000))
-        # This process says it: systemd may believe no process but the main one (NotifyAccess=main),
-        # and waits at a stop only for its own child, which the new process is only now.
-        notify(f"MAINPID={successor.pid}", *([] if restart else ["READY=1"]))
         self._finishing = successor.finishing()
         self._following = asyncio.create_task(self._finishing.follow(), name="successor")
         self._following.add_done_callback(self._on_task_end)
+        # This process says it: systemd may believe no process but the main one (NotifyAccess=main),
+        # and waits at a stop only for its own child, which the new process is only now.
+        notify(f"MAINPID={successor.pid}", *([] if restart else ["READY=1"]))
         seconds = float(parts.service.gateway.settings.server.drain_seconds)
         if restart:
             seconds = min(seconds, RESTART_SECONDS)

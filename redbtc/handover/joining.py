@@ -40,6 +40,9 @@ class Joining:
         self._moved: list[tuple[int, bytes]] = []
         self._channels: list[PredecessorChannel] = []
         self._reporting: asyncio.Task[None] | None = None  # to systemd, until this process serves
+        self.has_taken_over = False
+        self._has_ended: asyncio.Event | None = None  # of the other process, where that ends first
+        self._is_refusing = asyncio.Event()  # requests, since the ledger can't be opened
 
     @classmethod
     async def begin(cls, database: Path) -> Joining | None:
@@ -83,6 +86,7 @@ class Joining:
         except ChannelClosed:
             raise gone() from None
         self.files = self.turns = None
+        self._has_ended = asyncio.Event()
         self._speak()
         self._reporting = asyncio.create_task(report_status(migrating), name="systemd")
         with contextlib.suppress(ChannelClosed):
@@ -91,6 +95,24 @@ class Joining:
                 if isinstance(message, Moved):
                     self._moved += moved_connections(message, files)
         self._channel.close()
+        self._has_ended.set()
+
+    def refuse(self) -> None:
+        """Let requests be refused until the ledger can be opened."""
+        self._is_refusing.set()
+
+    async def until_open(self, opening: asyncio.Task[Service]) -> None:
+        """Wait until `opening` is done or has failed once."""
+        refusing = asyncio.create_task(self._is_refusing.wait(), name="refusing")
+        try:
+            await asyncio.wait([opening, refusing], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            refusing.cancel()
+
+    async def until_ended(self) -> None:
+        """Wait for the other process, if that ends for this one."""
+        if self._has_ended:
+            await self._has_ended.wait()
 
     async def take_over(self, service: Service) -> None:
         """Say that this process is ready, and take over. Raises UserError."""
@@ -115,6 +137,7 @@ class Joining:
             raise gone() from None
         except (StorageUnavailable, sqlite3.Error, OSError) as error:
             raise UserError(f"the ledger can't be taken over: {error}") from None
+        self.has_taken_over = True
         self._speak()
 
     def _speak(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
+import secrets
 import socket
 import sqlite3
 from collections.abc import Awaitable, Callable, Collection
@@ -21,8 +21,8 @@ from redbtc.handover.messages import AbortElsewhere, EndElsewhere, ForgetBodies,
 from redbtc.handover.moving import moved_connections
 from redbtc.telemetry import log, shown_error
 
-NUMBERS = itertools.count(1)  # of messages that are answered
 FORGET_SECONDS = 10
+MESSAGE_NUMBER_BITS = 63
 FOLLOW_RETRY_SECONDS = 1.0  # before what an ended process has left is seen to again
 
 Adopt = Callable[[int, bytes], Awaitable[None]]  # serves a connection
@@ -97,7 +97,9 @@ class PredecessorChannel:
         self, account_id: str, key_id: str | None, days: int | None, except_keys: Collection[str]
     ) -> None:
         """Let it erase stored bodies, as LogElsewhere says. Raises StorageUnavailable."""
-        number, done = next(NUMBERS), asyncio.get_running_loop().create_future()
+        # By chance: this process may follow the other one in the place of an earlier process.
+        number = secrets.randbits(MESSAGE_NUMBER_BITS)
+        done = asyncio.get_running_loop().create_future()
         self._forgetting[number] = done
         try:
             message = ForgetBodies(number, account_id, key_id, days, list(except_keys))
@@ -153,13 +155,14 @@ class Predecessors:
         on_alone: Callable[[], None],
         on_task_end: Callable[[asyncio.Task[Any]], None],
     ) -> None:
-        """`on_alone` is called when the last of them has ended, `on_task_end` with each task that
-        has ended."""
+        """`on_alone` is called when no other process writes any more, `on_task_end` with each task
+        that has ended."""
         self._gateway = gateway
         self._adopt = adopt
         self._on_alone = on_alone
         self._on_task_end = on_task_end
         self._following: dict[PredecessorChannel, asyncio.Task[None]] = {}
+        self._is_handing_over = False
 
     def __bool__(self) -> bool:
         return bool(self._following)
@@ -175,8 +178,20 @@ class Predecessors:
     async def _follow(self, channel: PredecessorChannel) -> None:
         await channel.follow(self._adopt)
         self._remove(channel)
-        if not self._following:
+        self._tell_if_alone()
+
+    def _tell_if_alone(self) -> None:
+        if not (self._following or self._is_handing_over):
             self._on_alone()
+
+    def begin_to_hand_over(self) -> None:
+        """Don't call `on_alone` any more: another process is about to write as well."""
+        self._is_handing_over = True
+
+    def go_on(self) -> None:
+        """Undo `begin_to_hand_over`: that process has ended."""
+        self._is_handing_over = False
+        self._tell_if_alone()
 
     def _remove(self, channel: PredecessorChannel) -> None:
         self._gateway.in_flight.elsewhere.remove(channel)

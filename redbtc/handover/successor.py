@@ -52,9 +52,9 @@ class Successor:
         self._gateway: Gateway = parts.service.gateway
         self._leaving: LeavingConnections | None = None
         self._is_abandoned = False
+        self._has_stopped = False  # nobody admits requests until the process serves or has ended
         self._reporter: Reporter | None = None  # None: the process begins when this one has ended
         self._left: list[PredecessorChannel] = []
-        self._is_own_turns = parts.turns is None  # the file for turns is of no other process
         self.needs_restart: NeedsRestart | None = None
         self.version = ""
         self.pid = 0
@@ -133,7 +133,7 @@ class Successor:
         self._is_abandoned = True
         self._channel.close()
         self._close_files()
-        return await asyncio.to_thread(self._child.end)
+        return await asyncio.to_thread(self._child.end, at_once=self._has_stopped)
 
     # Handing over
 
@@ -143,7 +143,10 @@ class Successor:
         before."""
         try:
             async with contextlib.AsyncExitStack() as undo:
-                await self._share_request_log(undo)
+                predecessors = self._parts.predecessors
+                undo.callback(predecessors.go_on)
+                predecessors.begin_to_hand_over()
+                await self._share_request_log()
                 began = time.monotonic()
                 await self._stop_admitting(undo)
                 async with asyncio.timeout(HANDOVER_SECONDS):
@@ -180,11 +183,9 @@ class Successor:
         for each in self._listeners:
             each.close()
 
-    async def _share_request_log(self, undo: contextlib.AsyncExitStack) -> None:
+    async def _share_request_log(self) -> None:
         """Begin to use the request log in turns. Before that, what uses it has to be complete, such
         as an erasure. Raises NotTakenOver."""
-        if self._is_own_turns:
-            undo.callback(self._gateway.request_log.write_alone)
         try:
             async with asyncio.timeout(REQUEST_LOG_SECONDS):
                 await self._gateway.request_log.share(self._turns)
@@ -194,6 +195,7 @@ class Successor:
             ) from None
 
     async def _stop_admitting(self, undo: contextlib.AsyncExitStack) -> None:
+        self._has_stopped = True
         parts, again = self._parts, [each.dup() for each in self._listeners]
         undo.callback(setattr, self._gateway, "admits", True)
         self._gateway.admits = False
@@ -221,10 +223,9 @@ class Successor:
         background = LeftResponses(gateway.background)
         undo.callback(background.take_back)
         await background.begin()
-        # First: when the last of them ends, this process writes without turns.
         left = await parts.predecessors.leave()
         undo.callback(parts.predecessors.take_back, left)
-        undo.callback(self._take_back_ledger)
+        undo.callback(gateway.store.take_back)
         await gateway.store.share(self._turns)
         self._state = state_to_tell(parts.service, background, [each for _, each, _ in left])
         self._state_files = [file for _, _, files in left for file in files]
@@ -232,14 +233,6 @@ class Successor:
             raise NotTakenOver("too many processes still finish their requests; try again later")
         self._reporter = Reporter(gateway, background, self._state.in_flight)
         self._left = [channel for channel, _, _ in left]
-
-    def _take_back_ledger(self) -> None:
-        store = self._gateway.store
-        try:
-            store.take_back()
-        finally:
-            if self._is_own_turns:
-                store.write_alone()
 
     # Afterwards
 

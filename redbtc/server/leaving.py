@@ -42,6 +42,6 @@ def leave(protocol: HTTPProtocol) -> LeftConnection | None:
 
 
 def stay_here(protocol: HTTPProtocol) -> None:
-    """Serve what has arrived on a connection while `Connections.on_idle` was set."""
-    if protocol.connection.state == "idle" and protocol.connection.stream.kept:
+    """Serve what has arrived on a connection while `Connections.on_idle` was set, and read on."""
+    if protocol.connection.state == "idle":
         protocol.continue_soon()

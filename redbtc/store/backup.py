@@ -36,7 +36,6 @@ from typing import NamedTuple
 
 from redbtc.errors import UserError
 from redbtc.store.schema import APPLICATION_ID, REQUEST_LOG, REQUEST_LOG_ID, newest_version
-from redbtc.store.versions import refuse_newer
 
 PAGES_A_STEP = 1024  # 4 MiB, written to the disk before the next step begins
 SPACE_FACTOR = 1.1  # free space that a copy needs, as a multiple of its source
@@ -463,6 +462,8 @@ def _is_still(before: os.stat_result, path: Path) -> bool:
 
 
 def _check_source(database: Path) -> os.stat_result:
+    """Raise UserError if the database can't be copied. It must not be opened here but by SQLite:
+    this process may use it, and closing a file ends all locks that SQLite holds on it."""
     if not database.is_file():
         raise UserError(f"Database {database} does not exist")
     if suffixed(database, ".restored").exists():
@@ -470,7 +471,6 @@ def _check_source(database: Path) -> os.stat_result:
             f"A restore of {database} was interrupted. Run db check to finish it, then run the"
             " backup again"
         )
-    refuse_newer(database)
     return database.stat()
 
 

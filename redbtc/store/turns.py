@@ -9,11 +9,14 @@ descriptor. These locks belong to a process, and end with it, however it ends.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import tempfile
+import time
 from typing import Literal
 
+DEADLOCK_SECONDS = 0.001
 Database = Literal[0, 1]  # the byte of the file
 LEDGER: Database = 0
 REQUEST_LOG_DATABASE: Database = 1
@@ -48,8 +51,19 @@ class WriteTurns:
         self._database = database
 
     def take(self) -> None:
-        """Wait for a turn. Raises OSError."""
-        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self._database)
+        """Wait for a turn. Raises OSError.
+
+        The system looks for deadlocks by process, and finds one where a thread of each process
+        waits for the other process, though for different turns. It is none: no thread that has a
+        turn waits for another one."""
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self._database)
+                return
+            except OSError as error:
+                if error.errno != errno.EDEADLK:
+                    raise
+            time.sleep(DEADLOCK_SECONDS)
 
     def give_back(self) -> None:
         """End the turn. Raises OSError."""

@@ -109,9 +109,10 @@ class Writer(DatabaseConnection):
         database = self._conn
         (timeout_ms,) = database.execute("PRAGMA busy_timeout").fetchone()
         database.execute("PRAGMA busy_timeout = 0")  # commits must not wait for a reader
-        if turns := self.turns:
-            turns.take()
+        turns = self.turns
         try:
+            if turns:
+                turns.take()
             ((is_busy, _, _),) = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
             if turns:

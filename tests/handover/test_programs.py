@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from redbtc.release import RELEASE
-from tests.helpers.gateway import Gateway, MakeGateway, free_port, wait_until
+from tests.helpers.gateway import ROOT, Gateway, MakeGateway, free_port, wait_until
 from tests.helpers.programs import NEXT_RELEASE, copy_of_program
 from tests.helpers.reloading import reload
 from tests.helpers.tools import needs
@@ -77,6 +77,28 @@ def test_a_release_with_a_python_of_its_own_takes_over(
         for each in {pid, process.pid}:
             os.kill(each, signal.SIGKILL)
         process.communicate()
+
+
+FIRST = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.waiting_process import wait_as_first
+
+def child(seconds, status):
+    if pid := os.fork():
+        return pid
+    time.sleep(seconds)
+    os._exit(status)
+
+first = child(0.6, 0)
+child(0.2, 70)
+sys.exit(wait_as_first(first))
+"""
+
+
+def test_a_container_fails_if_the_process_fails_that_has_taken_over() -> None:
+    """Else nobody would start it again."""
+    assert subprocess.run([sys.executable, "-c", FIRST]).returncode == 70
 
 
 def first_process(make_gateway: MakeGateway) -> tuple[Gateway, int]:

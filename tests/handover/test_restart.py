@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import sqlite3
@@ -12,12 +13,13 @@ from contextlib import closing
 from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 
 from redbtc.store.schema import newest_version
 from tests.handover.test_reload import RESPONSE
 from tests.handover.test_takeover import HeldStream, post
-from tests.helpers.gateway import Gateway, MakeGateway, wait_until
+from tests.helpers.gateway import PATIENCE_SECONDS, Gateway, MakeGateway, wait_until
 from tests.helpers.programs import add_section, copy_of_program
 from tests.helpers.reloading import Adopted
 from tests.helpers.upstream import Upstream
@@ -91,6 +93,66 @@ def test_a_migration_that_would_fail_changes_nothing(
         assert "response.completed" in stream.finish()
     assert post(gateway, key).status_code == 200
     assert gateway.alive()
+
+
+def test_sigterm_waits_for_the_process_that_ends_first(
+    gateway: Gateway, program: Path, upstream: Upstream
+) -> None:
+    """systemd ends all that is left of a service when its main process has ended."""
+    key = gateway.new_key()
+    add_section(program, NEW_TABLE)
+    before = gateway.process
+    assert before is not None
+    with ThreadPoolExecutor(1) as pool, HeldStream(gateway, upstream, key) as stream:
+        reloading = pool.submit(gateway.run, "reload", "--json")
+        gateway.wait_for_log('"handed over"')
+        handed_over = [line for line in gateway.log().splitlines() if '"handed over"' in line]
+        new = Adopted(json.loads(handed_over[0])["pid"])
+        gateway.process = new
+        new.terminate()
+        time.sleep(1)
+        assert psutil.pid_exists(new.pid)
+        assert before.poll() is None
+        assert "response.completed" in stream.finish()
+        assert before.wait() == 0
+        new.wait()
+        assert reloading.result().returncode == 1
+    gateway.start()
+    assert {row["outcome"] for row in gateway.rows()} == {"completed"}
+
+
+NOT_OPENED = """
+
+opened = try_to_open
+
+
+async def try_to_open(stack, options, serving):
+    if serving.joined is None and not os.path.exists("go"):
+        raise StorageUnavailable("the disk is full")
+    return await opened(stack, options, serving)
+"""
+
+
+def test_requests_are_refused_while_the_ledger_can_not_be_opened(
+    gateway: Gateway, program: Path, upstream: Upstream
+) -> None:
+    key = gateway.new_key()
+    add_section(program, NEW_TABLE)
+    with (program / "redbtc/cli/serve.py").open("a") as script:
+        script.write(NOT_OPENED)
+    before = gateway.process
+    assert before is not None
+    with ThreadPoolExecutor(1) as pool:
+        reloading = pool.submit(gateway.run, "reload", "--json")
+        assert before.wait(PATIENCE_SECONDS) == 0
+        answer = post(gateway, key)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
+        assert gateway.get("/healthz").status_code == 200
+        (gateway.folder / "go").touch()
+        wait_until(lambda: post(gateway, key).status_code == 200)
+        done = reloading.result()
+        assert done.returncode == 0, done.stderr
+    gateway.process = Adopted(json.loads(done.stdout)["pid"])
 
 
 def test_a_copy_that_a_killed_process_has_left_is_removed(gateway: Gateway) -> None:

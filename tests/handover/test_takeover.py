@@ -9,6 +9,8 @@ import resource
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -339,6 +341,60 @@ def test_if_one_can_t_be_left_all_are_followed_again() -> None:
         assert not found
 
     asyncio.run(leave())
+
+
+def test_nobody_writes_alone_while_another_process_takes_over() -> None:
+    """The new process and the last of the old ones could write at the same instant."""
+
+    async def hand_over() -> None:
+        found, channels, happened = followed(2)
+        found.begin_to_hand_over()
+        for each in channels:
+            each.has_ended.set()
+        await asyncio.sleep(0.01)
+        assert not found
+        assert "alone" not in happened
+        found.go_on()
+        assert happened.count("alone") == 1
+
+    asyncio.run(hand_over())
+
+
+TURNS = f"""
+import os, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.store.turns import LEDGER, REQUEST_LOG_DATABASE, WriteTurns, new_turns
+
+file, counts, end = new_turns("."), [0, 0], time.monotonic() + 2
+is_child = os.fork() == 0
+
+def work(database, seconds):
+    turns = WriteTurns(file, database)
+    while time.monotonic() < end:
+        turns.take()
+        time.sleep(seconds)
+        turns.give_back()
+        counts[database] += 1
+
+threads = [
+    threading.Thread(target=work, args=(LEDGER, 0.003)),
+    threading.Thread(target=work, args=(REQUEST_LOG_DATABASE, 0.010)),
+]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+os._exit(0 if min(counts) > 5 else 1) if is_child else None
+_, status = os.wait()
+sys.exit(status or min(counts) <= 5)
+"""
+
+
+def test_two_threads_of_each_process_have_turns(tmp_path: Path) -> None:
+    """The system takes it for a deadlock if a thread of each waits for a thread of the other."""
+    command = [sys.executable, "-c", TURNS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 SLOW_BEGINS = f"""

@@ -301,6 +301,24 @@ def tables_of(path: Path) -> str:
         return digest_of_tables(database)
 
 
+@pytest.mark.parametrize("version", EARLIER[-1:])
+def test_a_migrated_ledger_is_locked(gateway: Gateway, version: int) -> None:
+    """Without SQLite's lock, the next program to read the database would remove its WAL file."""
+    gateway.terminate()
+    for file in gateway.folder.glob("redbtc.db*"):
+        file.unlink()
+    make_ledger(gateway.database, version)
+    gateway.start("--accept-clock")
+    inode = gateway.database.stat().st_ino
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    held = {each[3] for each in locks if each[1] == "POSIX" and each[5].endswith(f":{inode}")}
+    assert held == {"READ"}
+    with contextlib.closing(sqlite3.connect(gateway.database)) as other:
+        assert other.execute("SELECT count(*) FROM requests").fetchone()
+    assert Path(f"{gateway.database}-wal").exists()
+    assert gateway.get("/readyz").status_code == 200
+
+
 # A migration that fails
 
 
