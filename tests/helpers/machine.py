@@ -100,7 +100,7 @@ class Machine:
             env={"PATH": PATH, "SYSTEMD_UNIT_PATH": UNITS},
         )
         assert status in (None, done.returncode), (
-            f"{command}: {done.stdout}{done.stderr}{self.log()}"
+            f"{command}: {done.stdout}{done.stderr}{self.failures()}{self.log()}"
         )
         return done
 
@@ -121,6 +121,10 @@ class Machine:
             lambda: self.shown(unit, name) == value,
             why=lambda: f"for {value}: {self.systemctl('status', unit, status=None)}{self.log()}",
         )
+
+    def failures(self) -> str:
+        """Return what systemd says of the services, such as why one could not be started."""
+        return self.run("systemctl", "--no-pager", "status", "*.service", status=None).stdout
 
     def log(self) -> str:
         """Return what all services have written."""
