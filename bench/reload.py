@@ -41,13 +41,17 @@ def gateway_in(folder: Path, upstream: CountingUpstream) -> Gateway:
     )
 
 
-def add_clients(load: SteadyLoad, clients: int, many: str, few: str) -> None:
-    """Add the clients: half of them stream, a tenth uses WebSockets, and a tenth is of the account
-    `few`, whose requests wait for places."""
+def add_clients(
+    load: SteadyLoad, clients: int, many: str, few: str, with_sockets: list[str]
+) -> None:
+    """Add the clients: half of them stream, a tenth uses WebSockets (of several accounts, of which
+    each may make 600 handshakes a minute), and a tenth is of the account `few`, whose requests wait
+    for places."""
     load.add("stream", clients // 2, many, "h", seconds=4)
     load.add("json", clients // 5, many, "h")
     load.add("connections", clients // 10, many, "h")
-    load.add("websocket", clients // 10, many, "w")
+    for number in range(clients // 10):
+        load.add("websocket", 1, with_sockets[number % len(with_sockets)], "w")
     load.add("json", clients // 20, few, "h-few")
     load.add("stream", clients // 20, few, "h-few")
 
@@ -61,8 +65,10 @@ async def measure(reloads: int, clients: int) -> None:
             await asyncio.to_thread(gateway.start)
             many = await asyncio.to_thread(gateway.new_key, "many")
             few = await asyncio.to_thread(lambda: gateway.new_key("few", concurrency=FEW))
+            names = [f"sockets-{number}" for number in range(4)]
+            with_sockets = [await asyncio.to_thread(gateway.new_key, name) for name in names]
             load = SteadyLoad(gateway.port)
-            add_clients(load, clients, many, few)
+            add_clients(load, clients, many, few, with_sockets)
             await asyncio.sleep(5)
             calm, load.seconds = sorted(load.seconds), []
             for _ in range(reloads):
