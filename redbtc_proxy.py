@@ -199,6 +199,7 @@ class GatewayProcess:
             opening.result()
         else:
             log(logging.WARNING, "ledger not open yet", reason="requests are refused until it is")
+            self.handover.serve_moved()
         try:
             async with asyncio.TaskGroup() as servers:
                 servers.create_task(self._serve_gateway(opening))  # first, so that commands work

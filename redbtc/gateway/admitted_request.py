@@ -7,6 +7,7 @@ A row is begun before anything leaves for an upstream.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any, Protocol, Self
 
@@ -110,7 +111,7 @@ class AdmittedRequest(ForwardedRequest, Running):
             self.row = self.new_row(model, candidates.member.name, credentials)
             self.hold = await self._hold_or_undo()
             self.is_held = True
-            self._note_growth()
+            self.maximum.note_growth(self.hold, self.gateway.objects)
             self.client_request.received = None
             self.gateway.in_flight.with_row.add(self)
             await self._begin()
@@ -150,17 +151,15 @@ class AdmittedRequest(ForwardedRequest, Running):
     async def _hold_or_undo(self) -> Hold:
         """Hold what the request can cost. Raises Refusal, and undoes what was charged."""
         try:
-            return await self.take_hold()
-        except Refusal as refusal:
-            self.admission.undo(refusal)
+            while True:
+                hold = await self.take_hold()
+                if self.gateway.admits:
+                    return hold
+                hold.release()
+                await self.gateway.until_it_admits()
+        except (Refusal, asyncio.CancelledError) as error:
+            self.admission.undo(error)
             raise
-
-    def _note_growth(self) -> None:
-        """Note the tokens that the request can add to the conversations that it names."""
-        inherited = self.body.inherited
-        if inherited.conversations:
-            added = self.maximum.usage(self.hold).all_tokens - inherited.conversation_tokens
-            self.hold.grow(self.gateway.objects, inherited.conversations, added)
 
     async def take_hold(self, further_input: int = 0) -> Hold:
         """Hold the most that the request can cost, at the prices of this instant. `further_input`

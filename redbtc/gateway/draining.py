@@ -50,6 +50,7 @@ async def drain(
     if server:
         server.stop_accepting()
         server.close_idle()
+        connections.stay = False
     gateway.drain()
 
     def is_busy() -> bool:

@@ -31,6 +31,9 @@ from redbtc.store.speeds import Speeds
 from redbtc.telemetry import Telemetry, log
 from redbtc.upstream.configured import Upstreams
 
+ADMIT_SECONDS = 10.0  # for a request to go on in the process that has taken over
+ADMIT_LOOK_SECONDS = 0.01
+
 
 class Session(Protocol):
     """A session over a WebSocket."""
@@ -96,6 +99,7 @@ class Gateway:
         self.operations = 0  # requests of commands, users and accounts that are being answered
         self.checks = 0  # those of them that check the database, which can take minutes
         self.draining = self.stopping = False
+        self.ends_sessions = False  # WebSockets end with the requests that are in flight
         self.admits = True  # False: another process does, which knows no request that begins here
         self.websockets: set[Session] = set()
         # Lets a new process take over; set when this one serves.
@@ -163,10 +167,19 @@ class Gateway:
             on_leave.discard(deadline.on_client_disconnect)
             in_flight.count -= 1
 
+    async def until_it_admits(self) -> None:
+        """Wait until requests are admitted, or until this one goes on in another process, which
+        cancels it. Raises Refusal if neither comes."""
+        until = time.monotonic() + ADMIT_SECONDS
+        while not self.admits:
+            if time.monotonic() > until:
+                raise Refusal("draining")
+            await asyncio.sleep(ADMIT_LOOK_SECONDS)
+
     def drain(self) -> None:
         """Let WebSockets end with the requests that are in flight, and tell monitors that the
         process is about to end."""
-        self.draining = True
+        self.draining = self.ends_sessions = True
         for session in list(self.websockets):
             session.expire()
 

@@ -19,6 +19,7 @@ from redbtc.meter.estimates import MaximumUsage
 from redbtc.rates import AUDIO_TOKENS_A_MINUTE, DEFAULT_TIER, EXTRAS, MINUTE_MS
 from redbtc.request_body.body import RequestBody
 from redbtc.request_body.facts import UNNAMED
+from redbtc.store.objects import Objects
 from redbtc.usage import Usage
 
 MIN_AUDIO_BYTES_A_SECOND = 500  # speech codecs need more; silence could be shorter
@@ -49,6 +50,14 @@ class Maximum:
         self.answers = body.facts.number() * body.prompts if endpoint.has_number else 1
         if endpoint.chat and body.facts.best_of:
             self.answers = max(self.answers, body.facts.best_of * body.prompts)
+
+    def note_growth(self, hold: Hold, objects: Objects) -> None:
+        """Let the hold note the tokens that the request can add to the conversations that it
+        names."""
+        inherited = self._body.inherited
+        if inherited.conversations:
+            added = self.usage(hold).all_tokens - inherited.conversation_tokens
+            hold.grow(objects, inherited.conversations, added)
 
     def cost(self, prices: ModelPrices | None, further_input: int = 0) -> int:
         """Return the most that the request can cost, in nanos. `further_input` is in tokens. A

@@ -80,12 +80,11 @@ class Handover:
         gateway.reload = self.reload
         if joining:
             if joining.admin_listener is not None:
-                admin_server.take(joining.admin_listener)
+                admin_server.take(joining.admin_listener, joining.admin_file)
             joining.stop_reporting()
             for channel in joining.take_channels():
                 predecessors.add(channel)
-            self._serving_moved = asyncio.create_task(joining.serve_moved(server.adopt))
-            self._serving_moved.add_done_callback(self._on_task_end)
+            self.serve_moved()
         if joining is None or joining.files is None:  # else the process before this one says so
             notify("READY=1", f"MAINPID={os.getpid()}")
         if self._is_wanted:
@@ -95,6 +94,13 @@ class Handover:
     def must_serve(self) -> bool:
         """Return whether this process has taken over from another one."""
         return self._joining is not None and self._joining.has_taken_over
+
+    def serve_moved(self) -> None:
+        """Serve the connections that were moved before this process could serve."""
+        if self._joining:
+            serving = self._joining.serve_moved(self._server.adopt)
+            self._serving_moved = asyncio.create_task(serving, name="moved connections")
+            self._serving_moved.add_done_callback(self._on_task_end)
 
     def _write_alone(self) -> None:
         """No other process writes any more."""

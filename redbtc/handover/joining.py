@@ -35,6 +35,7 @@ class Joining:
         self.listeners: list[socket.socket] = []
         self.are_activated = False
         self.admin_listener: int | None = None
+        self.admin_file = (0, 0)  # its device and inode
         self.followed: set[str] = set()  # background responses that other processes follow
         self.turns: TurnsFile | None = None
         self._moved: list[tuple[int, bytes]] = []
@@ -66,7 +67,7 @@ class Joining:
         listeners, admin = rest[: offer.listeners], rest[offer.listeners :]
         joining.listeners = [socket.socket(fileno=each) for each in listeners]
         joining.admin_listener = admin[0] if admin else None
-        joining.are_activated = offer.are_activated
+        joining.are_activated, joining.admin_file = offer.are_activated, offer.admin_file
         if offer.database != str(database):
             raise UserError(
                 f"database.path is {database}, but the running gateway uses {offer.database}; "

@@ -31,6 +31,7 @@ class Offer(msgspec.Struct, tag=True):
     database: str  # path
     listeners: int  # how many
     are_activated: bool  # the listeners are those of a supervisor, whatever the settings say
+    admin_file: tuple[int, int] = (0, 0)  # device and inode of the socket for commands
 
 
 class Ready(msgspec.Struct, tag=True):

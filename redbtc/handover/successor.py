@@ -100,6 +100,7 @@ class Successor:
             database=str(store.path),
             listeners=len(self._listeners),
             are_activated=parts.are_activated,
+            admin_file=parts.admin_server.file,
         )
         return offer, files
 

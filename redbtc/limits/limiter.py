@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Protocol
@@ -80,7 +81,7 @@ class Limiter:
             refusal = Refusal("overloaded", message)
             admission.undo(refusal)
             raise refusal from None
-        except (Refusal, ClientLeft) as error:
+        except (Refusal, ClientLeft, asyncio.CancelledError) as error:
             admission.undo(error)
             raise
 

@@ -152,6 +152,7 @@ class Connections:
         # Called with the protocol of each connection that has no request, before one begins: the
         # connections are to go on in another process.
         self.on_idle: Callable[[Any], None] | None = None
+        self.stay = True  # False: each is closed after its next response
         self._loop = loop
         self._max = max_connections or max_client_connections()
         self._sweeping = False

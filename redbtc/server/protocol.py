@@ -218,7 +218,7 @@ class HTTPProtocol(asyncio.Protocol):
             check_handshake(scope)
             self._hand_over(scope, rest)
             return b""
-        keep_alive = head.keep_alive and scope["http_version"] == "1.1"
+        keep_alive = head.keep_alive and self._connections.stay and scope["http_version"] == "1.1"
         self._serve(scope, framing_of(scope["headers"]), keep_alive)
         return rest
 

@@ -75,9 +75,14 @@ class AdminServer(Server):
         """The open socket that it listens on, None if it could not be made."""
         return self.servers[0].sockets[0].fileno() if self.servers and not self._failure else None
 
-    def take(self, listener: int) -> None:
-        """Listen on a socket that another process has listened on."""
-        self._given = socket.socket(fileno=listener)
+    @property
+    def file(self) -> tuple[int, int]:
+        """Return the device and inode of its file as it was made."""
+        return self._file or (0, 0)
+
+    def take(self, listener: int, file: tuple[int, int]) -> None:
+        """Listen on a socket that another process has listened on, with the `file` of that."""
+        self._given, self._file = socket.socket(fileno=listener), file
 
     def leave(self) -> None:
         """Leave the socket to another process. Connections that are open go on."""
@@ -95,7 +100,6 @@ class AdminServer(Server):
             await self.lifespan.startup()
             loop = asyncio.get_running_loop()
             self.servers = [await loop.create_unix_server(self.protocol, sock=self._given)]
-            self._file = _identity(self._path)
         else:
             await self._listen()
         self.started = True

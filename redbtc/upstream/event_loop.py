@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
+import sys
 from typing import Any
 
 import uvloop
 
 from redbtc.upstream.addresses import HostNames, ResolvedAddress, literal_addresses, with_port
+
+CAN_CLEAN_UP = sys.version_info >= (3, 13)
 
 
 class EventLoop(uvloop.Loop):
@@ -17,6 +20,13 @@ class EventLoop(uvloop.Loop):
     def __init__(self) -> None:
         super().__init__()
         self._names = HostNames()
+
+    async def create_unix_server(self, *arguments: Any, **options: Any) -> Any:
+        """Listen on a Unix socket. Its file stays when the server is closed, as with Python before
+        3.13: another process may listen on the same socket."""
+        if CAN_CLEAN_UP:
+            options.setdefault("cleanup_socket", False)
+        return await super().create_unix_server(*arguments, **options)
 
     async def getaddrinfo(  # type: ignore[override]
         self,

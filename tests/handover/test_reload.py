@@ -390,6 +390,33 @@ def test_requests_are_settled_while_a_new_process_that_lingers_is_ended(
         gateway.kill()
 
 
+STARTS_SLOWLY = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+if "REDBTC_HANDOVER" in os.environ:
+    open("starting", "w").close()
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+"""
+
+
+def test_a_socket_for_commands_that_was_made_again_meanwhile(make_gateway: MakeGateway) -> None:
+    """The new process has the listener of the socket before that, to which no file leads."""
+    gateway = make_gateway()
+    gateway.prelude = STARTS_SLOWLY
+    gateway.start()
+    path = Path(f"{gateway.database}.sock")
+    with ThreadPoolExecutor(1) as pool:
+        reloaded = pool.submit(reload, gateway)
+        wait_until((gateway.folder / "starting").exists)
+        path.unlink()
+        gateway.wait_for_log('"socket made again"')
+        (gateway.folder / "go").touch()
+        reloaded.result()
+    wait_until(lambda: gateway.run("account", "list").returncode == 0)
+    assert gateway.log().count('"socket made again"') == 2
+
+
 def test_another_database_needs_a_restart(gateway: Gateway, key: str) -> None:
     gateway.configure({"database": {"path": "other.db"}})
     gateway.signal(signal.SIGUSR2)

@@ -22,7 +22,8 @@ from tests.handover.test_takeover import HeldStream, post
 from tests.helpers.gateway import PATIENCE_SECONDS, Gateway, MakeGateway, wait_until
 from tests.helpers.programs import add_section, copy_of_program
 from tests.helpers.reloading import Adopted
-from tests.helpers.upstream import Upstream
+from tests.helpers.upstream import Upstream, ws_like_openai
+from tests.helpers.websocket_client import client as websocket
 
 pytestmark = pytest.mark.promise_9
 
@@ -142,11 +143,13 @@ def test_requests_are_refused_while_the_ledger_can_not_be_opened(
         script.write(NOT_OPENED)
     before = gateway.process
     assert before is not None
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, gateway.client(key) as kept:
+        assert kept.post("/responses", json=RESPONSE).status_code == 200
         reloading = pool.submit(gateway.run, "reload", "--json")
         assert before.wait(PATIENCE_SECONDS) == 0
-        answer = post(gateway, key)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
+        for answer in (post(gateway, key), kept.post("/responses", json=RESPONSE)):
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "ledger_unavailable"
         assert gateway.get("/healthz").status_code == 200
         (gateway.folder / "go").touch()
         wait_until(lambda: post(gateway, key).status_code == 200)
@@ -194,15 +197,38 @@ def test_connections_are_accepted_until_a_balancer_has_noticed(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:
     gateway = make_gateway({"server": {"shutdown_delay_seconds": 3}}).start()
-    key = gateway.new_key()
+    key, upstream.talk = gateway.new_key(), ws_like_openai
     with HeldStream(gateway, upstream, key) as stream:
         began = time.monotonic()
         gateway.terminate(wait=False)
         wait_until(lambda: gateway.get("/readyz").status_code == 503)
         assert gateway.get("/readyz").json()["error"]["code"] == "draining"
         assert post(gateway, key).status_code == 200
+        with websocket(gateway, key) as ws:
+            ws.send()
+            assert ws.completed()["status"] == "completed"
         wait_until(lambda: not connects(gateway))
         assert time.monotonic() - began >= 3
+        assert "response.completed" in stream.finish()
+    assert gateway.wait() == 0
+
+
+def test_a_connection_without_a_request_gets_one_answer(
+    gateway: Gateway, upstream: Upstream
+) -> None:
+    """Its first request may be on its way at SIGTERM; no more may follow for minutes."""
+    key = gateway.new_key()
+    with HeldStream(gateway, upstream, key) as stream:
+        with socket.create_connection(("127.0.0.1", gateway.port)) as fresh:
+            time.sleep(0.2)
+            gateway.terminate(wait=False)
+            wait_until(lambda: not connects(gateway))
+            fresh.sendall(b"GET /healthz HTTP/1.1\r\nhost: g\r\n\r\n")
+            answer = b""
+            while more := fresh.recv(65536):  # until it is closed
+                answer += more
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answer.lower()
         assert "response.completed" in stream.finish()
     assert gateway.wait() == 0
 

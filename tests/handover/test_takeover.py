@@ -109,6 +109,63 @@ PRICED = {
 }
 
 
+def test_a_request_that_waits_for_an_upstream_is_charged_once(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Each process charges it, and the one before puts its charge back."""
+    up = {"name": "up", "base_url": upstream.url, "models": ["*"], "api_key_env": ""}
+    gateway = make_gateway({"upstreams": [{**up, "max_concurrency": 1}]}).start()
+    key = gateway.new_key(requests_per_minute=3)
+    with HeldStream(gateway, upstream, key) as stream, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post, gateway, key)
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 1)
+        for _ in range(2):
+            reload(gateway)
+            wait_until(lambda: gateway.metrics()["redbtc_queued"] == 1)
+        stream.finish()
+        answer = waiting.result()
+        assert answer.status_code == 200
+        assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+
+
+PATIENTLY = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.handover import successor
+
+successor.HANDOVER_SECONDS = 1000
+"""
+
+
+def test_a_turn_that_waits_for_another_one_keeps_nobody_waiting(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    gateway = make_gateway()
+    gateway.prelude = PATIENTLY
+    gateway.start()
+    key, release = gateway.new_key(), threading.Event()
+
+    async def talk(ws: Socket) -> None:
+        created, delta, completed = ws_events(1, await ws.recv())
+        await ws.send(created, delta)
+        while not release.is_set():
+            await asyncio.sleep(0.01)
+        await ws.send(completed)
+
+    upstream.talk = talk
+    with client(gateway, key) as ws:
+        ws.send()
+        ws.until("response.output_text.delta")
+        ws.send()
+        time.sleep(0.2)  # it waits
+        reload(gateway)
+        release.set()
+        assert ws.completed()["status"] == "completed"
+        refused = ws.until("error")
+        assert refused["error"]["code"] == "websocket_connection_limit_reached"
+        assert ws.closed() == 1008
+
+
 def test_a_hold_counts_until_the_request_has_its_cost(
     make_gateway: MakeGateway, upstream: Upstream
 ) -> None:

@@ -19,6 +19,7 @@ import pytest
 from packing.pyz import SHEBANG, VERSIONS, download
 from tests.helpers.checkouts import make_checkout, run_module
 from tests.helpers.gateway import PATIENCE_SECONDS, ROOT, USUAL, free_port, wait_until
+from tests.helpers.reloading import Adopted, adopt_orphans
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
@@ -142,7 +143,8 @@ def test_it_serves_on_every_python(python: str, run: Run, pyz: Path, tmp_path: P
         "--demo",
     ]
     env = {"PATH": os.environ["PATH"], "REDBTC_CACHE": str(tmp_path / "cache")}
-    log = tmp_path / "log"
+    adopt_orphans()
+    log, new = tmp_path / "log", None
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, "--port", str(port)], cwd=tmp_path, env=env, stdout=file, stderr=file
@@ -161,10 +163,17 @@ def test_it_serves_on_every_python(python: str, run: Run, pyz: Path, tmp_path: P
         assert login.status_code == 200, "templates are found"
         usage = run("--config", "gateway/config.toml", "usage", "--json", python=python)
         assert [row["status"] for row in json.loads(usage.stdout)["requests"]] == [200]
-        process.terminate()
+        done = run("--config", "gateway/config.toml", "reload", "--json", python=python)
+        assert done.returncode == 0, done.stderr
+        new = Adopted(json.loads(done.stdout)["pid"])
         assert process.wait(PATIENCE_SECONDS) == 0, log.read_text()
+        usage = run("--config", "gateway/config.toml", "usage", "--json", python=python)
+        assert usage.returncode == 0, "the socket for commands is there"
     finally:
         process.kill()
+        if new:
+            new.terminate()
+            assert new.wait() == 0
     assert (tmp_path / "gateway" / "redbtc.db").exists()
 
 

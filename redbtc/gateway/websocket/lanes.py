@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from redbtc.deadlines import MAX_EXPIRED, TICK
 from redbtc.gateway.websocket.event_meter import is_stream_id, kind_of, response_named
@@ -85,8 +86,17 @@ class Lane:
 
     @property
     def has_waiting(self) -> bool:
-        """Return whether a request is not admitted yet."""
-        return bool(self.waiting or (self.turn and not self.turn.response.is_held))
+        """Return whether its turn is not admitted yet. Those that wait for the turn are not counted
+        in: once no more are begun, they are refused after it."""
+        return bool(self.turn and not self.turn.response.is_held)
+
+    @contextlib.contextmanager
+    def having_turn(self) -> Iterator[None]:
+        """Have no turn at the end of `with`."""
+        try:
+            yield
+        finally:
+            self.turn = None
 
     def move(self) -> None:
         """Cancel the task that serves the lane where its request is not admitted yet. The task goes
@@ -135,7 +145,7 @@ class Lanes:
 
     @property
     def have_waiting(self) -> bool:
-        """Return whether a request of any lane is not admitted yet."""
+        """Return whether the turn of any lane is not admitted yet."""
         return any(lane.has_waiting for lane in self._lanes.values())
 
     def move(self) -> None:

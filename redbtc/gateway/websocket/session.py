@@ -155,7 +155,7 @@ class WebSocketSession:
         before the connection is accepted, OSError."""
         socket = await self._upstream_events.first_socket()
         await self._sender.accept(self._headers(socket.connection))
-        if self._gateway.draining:
+        if self._gateway.ends_sessions:
             self.expire()
         settings, loop = socket.upstream.settings, self._gateway.deadlines.loop
         expiry = loop.call_later(settings.total_timeout_seconds, self._runner.expire)

@@ -83,7 +83,7 @@ class TurnRunner:
         while lane.waiting:
             queued, request = lane.waiting.popleft(), self._handshake.new_request()
             try:
-                with queued.admission:
+                with queued.admission, lane.having_turn():
                     await self._serve_next(lane, queued, request)
             except Refusal as refusal:
                 await self._sender.refuse(request, refusal, lane.stream_id)
@@ -98,7 +98,6 @@ class TurnRunner:
                 await self._sender.send_error(refusal_of(error), lane.stream_id, INTERNAL_ERROR)
             finally:
                 queued.release()
-                lane.turn = None
         self._lanes.remove(lane)
         if self._is_expired and self._lanes.idle:
             self.expire()
