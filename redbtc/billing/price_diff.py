@@ -128,11 +128,13 @@ class Comparison:
     def _targets(self) -> Iterator[tuple[str, ListedModel]]:
         """Yield the names and patterns to compare, each with the prices of the list."""
         listed, table = self._listing.models, self._known.in_force
-        owners = self._owners()
+        owners = {} if self._listing.is_complete else self._owners()
         own = [prices.tiers[DEFAULT_TIER][-1].model for prices in table.in_force(self._known.now)]
         for name in own:
             if name in listed:
                 yield name, listed[name]
+            elif self._listing.is_complete:
+                self.not_in_list.append(name)
             elif is_pattern(name) and owners.get(name):
                 yield from self._of_pattern(name, owners[name])
             elif is_pattern(name) and any(matches(model, {name}) for model in listed):

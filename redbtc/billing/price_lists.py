@@ -2,9 +2,10 @@
 
 Both are JSON objects. LiteLLM's maps a model's name to fields such as `input_cost_per_token`, with
 suffixes for long input and service tiers. That of models.dev maps a provider to its models, each
-with a `cost` for a million tokens. Numbers are read as decimals, never as floats. A field that is
-not understood, or a value that is no price, is reported and left out; it never becomes another
-price.
+with a `cost` for a million tokens. Numbers are read as decimals, never as floats. A model with a
+value that is no price is reported and left out, and so is one whose reasoning tokens have a price
+of their own. A tier or threshold for which the list has only some of the prices is left out, too.
+Fields that give no rate of this program are ignored.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeGuard
 
+from redbtc.billing.model_patterns import is_pattern
 from redbtc.billing.prices import MAX_CALL_RATE, MAX_RATE
 from redbtc.errors import UserError
 from redbtc.money import decimal
@@ -33,8 +35,8 @@ ListedModel = dict[Slot, dict[str, int]]  # the rates of each slot, in nanos
 
 
 class PriceListing(NamedTuple):
-    """The prices of a list, by model. `problems` says by model why it is left out: a price that is
-    understood only in part would be a wrong one."""
+    """The prices of a list, by model. `problems` says by model why it is left out, or some of its
+    tiers."""
 
     kind: str
     models: dict[str, ListedModel]
@@ -153,6 +155,8 @@ def _read(kind: str, models: Iterable[tuple[str, Any]], read: ListReader) -> Pri
             listing.problems[name] = str(error)
             continue
         if (DEFAULT_TIER, 0) in slots:
+            if partial := without_partial(slots):
+                listing.problems[name] = f"only some prices are given for {', '.join(partial)}"
             listing.models[name] = slots
             if maximum := _max_output_tokens(fields):
                 listing.max_output_tokens[name] = maximum
@@ -161,7 +165,7 @@ def _read(kind: str, models: Iterable[tuple[str, Any]], read: ListReader) -> Pri
 
 def _slots_of(name: str, fields: Any, read: ListReader) -> ListedModel:
     """Return the rates of a model by slot. Raises NotAPrice."""
-    if not name.isprintable() or not 0 < len(name) <= MAX_LISTED_NAME:
+    if not name.isprintable() or not 0 < len(name) <= MAX_LISTED_NAME or is_pattern(name):
         raise NotAPrice("this is no name of a model")
     if not isinstance(fields, dict):
         raise NotAPrice("this is no description of a model")
@@ -174,8 +178,26 @@ def _slots_of(name: str, fields: Any, read: ListReader) -> ListedModel:
     return slots
 
 
+def without_partial(slots: ListedModel) -> list[str]:
+    """Remove the tiers and thresholds that lack a price of input or output which the default has:
+    it would be 0 there. Return their names."""
+    needed = slots[DEFAULT_TIER, 0].keys() & {"input", "output"}
+    partial = [slot for slot, rates in slots.items() if needed - rates.keys()]
+    for slot in partial:
+        del slots[slot]
+    return [f"{tier} above {above} tokens" if above else tier for tier, above in partial]
+
+
+def refuse_reasoning(value: Any, output: Any) -> None:
+    """Raise NotAPrice if reasoning tokens have another price than output."""
+    if value is not None and value != output:
+        raise NotAPrice("its reasoning tokens have a price of their own")
+
+
 def _read_litellm(fields: dict[str, Any]) -> Iterator[tuple[Slot, ListedRate, Any, str]]:
     """Yield each rate of a model in LiteLLM's map, with its slot, value and field."""
+    output = fields.get("output_cost_per_token")
+    refuse_reasoning(fields.get("output_cost_per_reasoning_token"), output)
     slots: list[Slot] = [(DEFAULT_TIER, 0)]
     for field, value in fields.items():
         match = LITELLM_FIELD.fullmatch(field)
@@ -197,6 +219,7 @@ def _read_models_dev(fields: dict[str, Any]) -> Iterator[tuple[Slot, ListedRate,
     cost = fields.get("cost")
     if not isinstance(cost, dict):
         return
+    refuse_reasoning(cost.get("reasoning"), cost.get("output"))
     longer: dict[int, Any] = {}
     tiers = cost.get("tiers")
     for each in tiers if isinstance(tiers, list) else []:

@@ -37,6 +37,7 @@ from redbtc.times import DAY, day_of
 ANSWER_SECONDS = 5.0
 MAX_ANSWERS = 200  # answers: each of 90 days, as JSON and as a page, and the present
 MAX_STATUS_QUERY = 500  # bytes
+UNKNOWN_DAY = "unknown"
 NO_SUCH_DAY = "day must be one of the last 90 days (UTC), such as 2026-11-29"
 STATUS_PAGE, STATUS_JSON = b"text/html; charset=utf-8", b"application/json"
 
@@ -69,6 +70,8 @@ class StatusRoute:
         accept = header(scope["headers"], b"accept") or b""
         as_page = prefers_html(accept.decode("latin-1"))
         day = self._day(QueryParams(scope["query_string"][:MAX_STATUS_QUERY]).get("day", ""))
+        if day == UNKNOWN_DAY and not as_page:
+            raise Refusal("invalid_request", NO_SUCH_DAY, param="day")
         try:
             answer = await self._answer(as_page, day)
         except (sqlite3.Error, StorageUnavailable):
@@ -85,7 +88,7 @@ class StatusRoute:
         if not asked:
             return ""
         today = self._gateway.store.time() // DAY
-        return asked if asked in map(day_of, range(today, today - KEPT_DAYS, -1)) else "unknown"
+        return asked if asked in map(day_of, range(today, today - KEPT_DAYS, -1)) else UNKNOWN_DAY
 
     async def _answer(self, as_page: bool, day: str) -> StatusAnswer:
         if found := self._fresh(as_page, day):

@@ -69,6 +69,8 @@ def offers(upstream: Upstream, model: str) -> bool:
     """Return whether an upstream offers a model, as far as it says so."""
     if listed := upstream.listed:
         return model in listed
+    if model in upstream.settings.models:
+        return True
     starts = [PATTERN.split(each, maxsplit=1)[0] for each in upstream.settings.models]
     if not any(len(each) >= MIN_START and model.startswith(each) for each in starts):
         return False

@@ -175,6 +175,15 @@ def test_a_model_that_leaves_its_pattern_takes_all_tiers_along(bench: Bench) -> 
     assert flex.given == nanos(input=2)
 
 
+def test_a_file_changes_nothing_that_it_does_not_name(bench: Bench) -> None:
+    bench.price(price_of("gpt-5*", **nanos(input=1, output=8)))
+    bench.price(price_of("gpt-5.5-20*", **nanos(input=5, output=30)))
+    named = {"gpt-5": {("default", 0): nanos(input=2, output=8)}}
+    found = compare(bench, listing_of(named, complete=True)).result()
+    assert {each.model for each in found.changes} == {"gpt-5"}
+    assert found.not_in_list == ["gpt-5*", "gpt-5.5-20*"]
+
+
 def test_a_file_of_prices_is_complete(bench: Bench) -> None:
     bench.price(price_of("m", max_output_tokens=5, **nanos(input=5, output=9)))
     text = 'prices = [{ model = ["m", "n*"], input = 5.0, max_output_tokens = 7 }]'

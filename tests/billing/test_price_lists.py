@@ -166,6 +166,25 @@ def test_a_name_that_could_not_be_shown_is_left_out(name: str) -> None:
     assert len(listing.problems) == 1
 
 
+def test_a_tier_with_some_of_its_prices_is_left_out() -> None:
+    """What it lacks would cost nothing."""
+    listing = read_json_list(LITELLM, "azure")
+    assert {slot.split()[0] for slot in amounts(listing, "gpt-5.5")} == {"default", "priority"}
+    assert listing.problems["gpt-5.5"].startswith("only some prices are given for flex")
+
+
+def test_reasoning_tokens_with_a_price_of_their_own() -> None:
+    field = '"output_cost_per_token": 3e-6, "output_cost_per_reasoning_token": '
+    assert "m" in read_json_list(of_model(field + "3e-6"), "openai").models
+    listing = read_json_list(of_model(field + "9e-6"), "openai")
+    assert listing.problems == {"m": "its reasoning tokens have a price of their own"}
+
+
+def test_a_pattern_is_no_name_of_a_model() -> None:
+    listing = read_json_list(of_model('"input_cost_per_token": 1e-6', "gpt-*"), "openai")
+    assert (listing.models, listing.problems) == ({}, {"gpt-*": "this is no name of a model"})
+
+
 @pytest.mark.parametrize("maximum", ["1e30", "1e999999", "-1", "0", "1.5", '"9"', "null", "[]"])
 def test_a_maximum_that_is_no_number_of_tokens_is_ignored(maximum: str) -> None:
     fields = f'"input_cost_per_token": 0, "max_output_tokens": {maximum}'

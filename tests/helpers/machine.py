@@ -31,6 +31,7 @@ TARGETS = ("sysinit", "basic", "sockets", "timers", "multi-user", "network-onlin
 
 # Runs as root in namespaces of its own. $FOLDER is an empty folder, $CANARY a file beside it.
 BOOT = """
+umask 022
 mount -t tmpfs -o mode=755 tmpfs "$FOLDER"
 mkdir "$FOLDER/upper" "$FOLDER/work" "$FOLDER/root"
 mount -t overlay -o "lowerdir=/,upperdir=$FOLDER/upper,workdir=$FOLDER/work" overlay "$FOLDER/root"

@@ -40,7 +40,7 @@ from redbtc.server import cycle
 from redbtc.limits import memory
 from redbtc.request_body import body
 from redbtc.request_body import forms, media
-from redbtc.gateway import admitted_request, background_responses
+from redbtc.gateway import admitted_request, background_responses, maximum
 from redbtc.upstream import upstreams
 from redbtc.meter import meters
 from redbtc.server import websocket_protocol
@@ -68,7 +68,7 @@ let_fail(forms.Form, "grow")
 let_fail(media, "decompressed")
 let_fail(body.ClientEvent, "read_event")
 let_fail(admitted_request.AdmittedRequest, "take_hold")
-let_fail(admitted_request.AdmittedRequest, "_note_growth")
+let_fail(maximum.Maximum, "note_growth")
 let_fail(upstreams.Upstream, "open")
 let_fail(meters.JSONMeter, "steps")
 let_fail(websocket_protocol.WebSocketProtocol, "_count")
@@ -142,7 +142,7 @@ def test_no_memory_for_a_body_is_503(starving: Gateway, upstream: Upstream) -> N
 def test_no_memory_after_a_hold_gives_it_back(starving: Gateway) -> None:
     key = starving.new_key(monthly_budget="1000")
     starving.cli("price", "add", "m", "--input", "1", "--output", "1")
-    file = let_fail(starving, "AdmittedRequest._note_growth")
+    file = let_fail(starving, "Maximum.note_growth")
     with starving.client(key) as client:
         check_refusal(client.post("/responses", json=RESPONSE))
         file.unlink()
