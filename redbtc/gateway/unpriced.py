@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterable
 
+from redbtc.billing.model_patterns import is_pattern
 from redbtc.gateway.gateway import Gateway
 from redbtc.telemetry import log, shown_error
 from redbtc.upstream.upstreams import PATTERN, Upstream
@@ -69,7 +70,7 @@ def offers(upstream: Upstream, model: str) -> bool:
     """Return whether an upstream offers a model, as far as it says so."""
     if listed := upstream.listed:
         return model in listed
-    if model in upstream.settings.models:
+    if model in upstream.settings.models and not is_pattern(model):
         return True
     starts = [PATTERN.split(each, maxsplit=1)[0] for each in upstream.settings.models]
     if not any(len(each) >= MIN_START and model.startswith(each) for each in starts):

@@ -225,6 +225,8 @@ def test_a_flood_of_names_costs_bounded_memory_rows_and_messages(
         ([], ["gpt-*"], "gpt-9", True),
         ([], ["gpt-9"], "gpt-9", True),
         ([], ["gpt-9"], "gpt-99", False),
+        ([], ["o3"], "o3", True),
+        ([], ["*"], "*", False),
         ([], ["gpt-?x"], "gpt-9", False),
     ],
 )
