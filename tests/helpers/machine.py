@@ -25,13 +25,13 @@ from tests.helpers.tools import needs
 UNITS = "/etc/systemd/system"  # the only folder with units; empty at first
 SYSTEMD = Path("/lib/systemd/systemd")
 SERVICE_LOG = "/run/log"
+UMASK = 0o022  # commands that tests run in their own process leave another one
 LOG_CONF = f"[Service]\nStandardOutput=append:{SERVICE_LOG}\nStandardError=append:{SERVICE_LOG}\n"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TARGETS = ("sysinit", "basic", "sockets", "timers", "multi-user", "network-online", "shutdown")
 
 # Runs as root in namespaces of its own. $FOLDER is an empty folder, $CANARY a file beside it.
 BOOT = """
-umask 022
 mount -t tmpfs -o mode=755 tmpfs "$FOLDER"
 mkdir "$FOLDER/upper" "$FOLDER/work" "$FOLDER/root"
 mount -t overlay -o "lowerdir=/,upperdir=$FOLDER/upper,workdir=$FOLDER/work" overlay "$FOLDER/root"
@@ -99,6 +99,7 @@ class Machine:
             text=True,
             timeout=PATIENCE_SECONDS,
             env={"PATH": PATH, "SYSTEMD_UNIT_PATH": UNITS},
+            umask=UMASK,
         )
         assert status in (None, done.returncode), (
             f"{command}: {done.stdout}{done.stderr}{self.failures()}{self.log()}"
@@ -186,6 +187,7 @@ def boot(folder: Path, units: Mapping[str, str]) -> Iterator[Machine]:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
+            umask=UMASK,
         )
     try:
         yield started(process, log, canary, units)
