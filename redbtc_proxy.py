@@ -171,8 +171,9 @@ class GatewayProcess:
         self._connections = Connections(self._offers_websocket)
         self._servers: list[Server] = []
         self._server = self._public()
-        ends = self._end_after, self.end_if_failed
-        self.handover = Handover(self._server, self._connections, joining, *ends)
+        self.handover = Handover(
+            self._server, self._connections, joining, self._end_after, self.end_if_failed
+        )
         self._draining: asyncio.Task[None] | None = None
         self._may_ignore_signal = False
         self._over = False  # the tasks may end

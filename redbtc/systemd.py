@@ -110,9 +110,8 @@ async def report_status(status: Callable[[], Awaitable[str]]) -> None:
         now = await status()
         lines = ["WATCHDOG=1"] if watchdog else []
         if now != said:
-            lines.append(
-                f"STATUS={' '.join(now.splitlines())}"
-            )  # a second line would not be the status
+            one_line = " ".join(now.splitlines())  # a second line would not be of the status
+            lines.append(f"STATUS={one_line}")
         if lines and notify(*lines):
             said = now
         await asyncio.sleep(seconds)

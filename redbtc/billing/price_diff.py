@@ -56,10 +56,12 @@ class PriceDifference(PriceSlot, kw_only=True):
 
 
 class ListProblem(Struct):
-    """A model that the list describes in a way that is not understood."""
+    """A model of the list that is left out, and why; or one of its tiers and thresholds."""
 
     model: str
     problem: str
+    tier: str | None = None  # None: the whole model
+    above_input_tokens: int | None = None
 
 
 class PriceDiff(Struct):
@@ -128,7 +130,7 @@ class Comparison:
     def _targets(self) -> Iterator[tuple[str, ListedModel]]:
         """Yield the names and patterns to compare, each with the prices of the list."""
         listed, table = self._listing.models, self._known.in_force
-        owners = {} if self._listing.is_complete else self._owners()
+        owners = self._owners()
         own = [prices.tiers[DEFAULT_TIER][-1].model for prices in table.in_force(self._known.now)]
         for name in own:
             if name in listed:
@@ -149,11 +151,10 @@ class Comparison:
             unpriced = table.model_prices(name, self._known.now) is None
             if unpriced or self._listing.is_complete:
                 yield name, listed[name]
-        named = self._listing.problems if self._every_model else {*own, *self._known.used}
         self.problems = [
-            ListProblem(name, self._listing.problems[name])
-            for name in sorted(named)
-            if name in self._listing.problems
+            each
+            for each in list_problems(self._listing)
+            if self._every_model or each.model in own or each.model in self._known.used
         ]
 
     def _owners(self) -> dict[str, list[str]]:
@@ -274,6 +275,17 @@ class Comparison:
                 self.announced.append(PriceSlot(*price.slot))
             else:
                 yield each
+
+
+def list_problems(listing: PriceListing) -> list[ListProblem]:
+    """Return what is left out of a list, by model."""
+    whole = [ListProblem(name, problem) for name, problem in listing.problems.items()]
+    partial = [
+        ListProblem(name, "the list has only some of its prices", *slot)
+        for name, slots in listing.partial.items()
+        for slot in slots
+    ]
+    return sorted(whole + partial, key=lambda each: each.model)
 
 
 def prices_in(prices: ModelPrices | None) -> Iterator[Price]:

@@ -35,13 +35,15 @@ ListedModel = dict[Slot, dict[str, int]]  # the rates of each slot, in nanos
 
 
 class PriceListing(NamedTuple):
-    """The prices of a list, by model. `problems` says by model why it is left out, or some of its
-    tiers."""
+    """The prices of a list, by model. `problems` says by model why it is left out. `partial` are by
+    model its tiers and thresholds that are left out, since the list has only some of their
+    prices."""
 
     kind: str
     models: dict[str, ListedModel]
     max_output_tokens: dict[str, int]
     problems: dict[str, str]
+    partial: dict[str, list[Slot]]
     is_complete: bool  # a rate that it omits does not apply; otherwise it is just not listed
 
 
@@ -147,7 +149,7 @@ ListReader = Callable[[dict[str, Any]], Iterator[tuple[Slot, ListedRate, Any, st
 
 
 def _read(kind: str, models: Iterable[tuple[str, Any]], read: ListReader) -> PriceListing:
-    listing = PriceListing(kind, {}, {}, {}, is_complete=False)
+    listing = PriceListing(kind, {}, {}, {}, {}, is_complete=False)
     for name, fields in models:
         try:
             slots = _slots_of(name, fields, read)
@@ -156,7 +158,7 @@ def _read(kind: str, models: Iterable[tuple[str, Any]], read: ListReader) -> Pri
             continue
         if (DEFAULT_TIER, 0) in slots:
             if partial := without_partial(slots):
-                listing.problems[name] = f"only some prices are given for {', '.join(partial)}"
+                listing.partial[name] = partial
             listing.models[name] = slots
             if maximum := _max_output_tokens(fields):
                 listing.max_output_tokens[name] = maximum
@@ -178,14 +180,14 @@ def _slots_of(name: str, fields: Any, read: ListReader) -> ListedModel:
     return slots
 
 
-def without_partial(slots: ListedModel) -> list[str]:
-    """Remove the tiers and thresholds that lack a price of input or output which the default has:
-    it would be 0 there. Return their names."""
-    needed = slots[DEFAULT_TIER, 0].keys() & {"input", "output"}
+def without_partial(slots: ListedModel) -> list[Slot]:
+    """Remove the tiers and thresholds that lack a price of tokens which the default tier has, and
+    return them: such tokens would be free there, or cost what others do."""
+    needed = slots[DEFAULT_TIER, 0].keys() - UNITS.keys()
     partial = [slot for slot, rates in slots.items() if needed - rates.keys()]
     for slot in partial:
         del slots[slot]
-    return [f"{tier} above {above} tokens" if above else tier for tier, above in partial]
+    return partial
 
 
 def refuse_reasoning(value: Any, output: Any) -> None:

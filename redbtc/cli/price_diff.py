@@ -16,7 +16,7 @@ from msgspec import UNSET, convert
 from redbtc.admin.api_money import prices_of
 from redbtc.admin.inputs import NewPrices
 from redbtc.admin.validation import invalid
-from redbtc.billing.price_diff import ChangedPrice, Comparison, PriceDiff, ToCompare
+from redbtc.billing.price_diff import ChangedPrice, Comparison, ListProblem, PriceDiff, ToCompare
 from redbtc.billing.price_lists import (
     LIST_CURRENCY,
     ListedModel,
@@ -172,7 +172,7 @@ def toml_listing(tables: dict[str, Any], source: str, currency: str, at: int) ->
         slots[slot] = {name: value for name, value in each.given.items() if name in RATES}
         if slot == (DEFAULT_TIER, 0) and each.max_output_tokens:
             maxima[each.model] = each.max_output_tokens
-    return PriceListing("TOML", models, maxima, {}, is_complete=True)
+    return PriceListing("TOML", models, maxima, {}, {}, is_complete=True)
 
 
 def price_shown(row: PriceShown) -> Price:
@@ -221,10 +221,7 @@ def lines_of(found: PriceDiff, file: Path | None) -> list[str]:
         lines.append(f"Announced already: {plain(few([*map(slot_name, found.announced)]))}.")
     if found.not_in_list:
         lines.append(f"Not in the list, and left as they are: {plain(few(found.not_in_list))}.")
-    lines += [
-        f"Left out {shown_name(each.model)}: {plain(each.problem)}."
-        for each in found.problems[:MAX_SHOWN_PROBLEMS]
-    ]
+    lines += [f"Left out {shown_problem(each)}." for each in found.problems[:MAX_SHOWN_PROBLEMS]]
     if (more := len(found.problems) - MAX_SHOWN_PROBLEMS) > 0:
         lines.append(f"Left out {more} more; --json lists them.")
     if file:
@@ -238,6 +235,14 @@ def lines_of(found: PriceDiff, file: Path | None) -> list[str]:
 def shown_name(name: str) -> str:
     """Return a name of a list for the terminal."""
     return name if name.isprintable() else repr(name)
+
+
+def shown_problem(problem: ListProblem) -> str:
+    """Return what is left out, and why."""
+    slot = PriceSlot(
+        shown_name(problem.model), problem.tier or DEFAULT_TIER, problem.above_input_tokens or 0
+    )
+    return f"{slot_name(slot)}: {plain(problem.problem)}"
 
 
 def toml_of(changed: list[ChangedPrice], compared: ComparedList) -> str:

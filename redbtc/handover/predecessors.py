@@ -132,7 +132,7 @@ class PredecessorChannel:
         return state, [self._channel.socket.fileno(), *files]
 
     def take_back(self, gateway: Gateway, left: EarlierState) -> None:
-        """Undo `leave`."""
+        """Count its state here again: no other process follows it."""
         self.predecessor = Predecessor(gateway, left.state)
         self.keys = self.predecessor.keys
 
@@ -219,7 +219,7 @@ class Predecessors:
         return left
 
     def take_back(self, left: list[tuple[PredecessorChannel, EarlierState, list[int]]]) -> None:
-        """Undo `leave`."""
+        """Follow those again that `leave` has returned."""
         for channel, state, _ in left:
             channel.take_back(self._gateway, state)
             self.add(channel)

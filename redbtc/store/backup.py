@@ -566,9 +566,9 @@ def own_like(file: int, database: Path) -> None:
 
 def complete_restore(database: Path) -> Path | None:
     """Finish a restore whose copy is ready, and remove what killed processes have left: a copy that
-    is not ready, and one on which a migration was tried. Return the file that
-    holds the replaced database, or None. The caller holds the database's lock, so no process has it
-    open. Raises OSError.
+    is not ready, and one on which a migration was tried. Return the file that holds the replaced
+    database, or None. The caller holds the database's lock, so no process has it open. Raises
+    OSError.
 
     Every step can be repeated. The names come from the copy's own time, so that a repetition uses
     the same ones. A -wal is renamed before its database, and both before the copy takes their

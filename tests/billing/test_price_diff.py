@@ -59,7 +59,7 @@ def import_file(bench: Bench, text: str) -> None:
 
 
 def listing_of(models: dict[str, ListedModel], complete: bool = False) -> PriceListing:
-    return PriceListing("LiteLLM", models, {}, {}, complete)
+    return PriceListing("LiteLLM", models, {}, {}, {}, complete)
 
 
 def use(bench: Bench, *models: str) -> None:

@@ -170,7 +170,8 @@ def test_a_tier_with_some_of_its_prices_is_left_out() -> None:
     """What it lacks would cost nothing."""
     listing = read_json_list(LITELLM, "azure")
     assert {slot.split()[0] for slot in amounts(listing, "gpt-5.5")} == {"default", "priority"}
-    assert listing.problems["gpt-5.5"].startswith("only some prices are given for flex")
+    assert listing.partial == {"gpt-5.5": [("flex", 0), ("flex", 272_000)]}
+    assert not listing.problems
 
 
 def test_reasoning_tokens_with_a_price_of_their_own() -> None:

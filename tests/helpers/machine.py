@@ -211,7 +211,7 @@ def started(
     pid = first()
     assert pid is not None
     machine = Machine(pid)
-    ready = Path(f"/proc/{pid}/root/run/ready")
+    ready = Path("/proc", str(pid), "root", "run", "ready")  # as the machine sees /run/ready
     wait_until(lambda: first() and ready.is_dir(), why=lambda: log.read_text())
     assert canary.exists(), "the machine can remove files of this machine"
     for target in (*TARGETS, "default"):
