@@ -85,6 +85,19 @@ def test_the_example_prices_become_those_of_the_list(run: Run, tmp_path: Path) -
 
 
 @pytest.mark.process
+def test_tiers_that_are_left_out_are_named(run: Run) -> None:
+    assert run("price", "import", ROOT / "prices.toml").exit_code == 0
+    lines = run("price", "diff", LITELLM, "--provider", "azure").stdout.splitlines()
+    reason = "the list has only some of its prices."
+    assert f"Left out gpt-5.5 (flex, above 272000 input tokens): {reason}" in lines
+    found = json.loads(run("price", "diff", LITELLM, "--provider", "azure", "--json").stdout)
+    assert [(each["tier"], each["above_input_tokens"]) for each in found["problems"]] == [
+        ("flex", 0),
+        ("flex", 272_000),
+    ]
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["a b", "é😀", "\x7f\\", 'a"b'])
 def test_the_files_name_can_be_anything(run: Run, tmp_path: Path, name: str) -> None:
     source, new = tmp_path / name, tmp_path / f"{name}.toml"

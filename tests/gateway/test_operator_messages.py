@@ -395,15 +395,22 @@ redbtc_proxy.main()
 """
 
 
+@contextlib.contextmanager
+def stuck_backup(gateway: Gateway, target: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a backup that does not end by itself."""
+    arguments = ["--config", str(gateway.config), "db", "backup", target]
+    command = [sys.executable, "-c", STUCK, str(ROOT), *arguments]
+    with subprocess.Popen(command, cwd=gateway.folder) as backup:
+        wait_until(lambda: Path(f"{target}.partial").exists())
+        yield backup
+
+
 def test_a_backup_that_is_killed_has_failed(make_gateway: MakeGateway, hook: Hook) -> None:
     """But not while it runs."""
     gateway = watched(make_gateway, hook).start()
     gateway.new_key()
     target = f"{gateway.folder}/b.db"
-    arguments = ["--config", str(gateway.config), "db", "backup", target]
-    command = [sys.executable, "-c", STUCK, str(ROOT), *arguments]
-    with subprocess.Popen(command, cwd=gateway.folder) as backup:
-        wait_until(lambda: Path(f"{target}.partial").exists())
+    with stuck_backup(gateway, target) as backup:
         settled(gateway)
         assert not hook.posts, "it runs"
         assert "warning: the last backup" not in gateway.run("check").stdout
@@ -425,10 +432,7 @@ def test_a_disk_of_backups_that_does_not_answer_holds_up_no_gateway(
     gateway = watched(make_gateway, hook).start()
     gateway.new_key()
     target = f"{gateway.folder}/b.db"
-    arguments = ["--config", str(gateway.config), "db", "backup", target]
-    command = [sys.executable, "-c", STUCK, str(ROOT), *arguments]
-    with subprocess.Popen(command, cwd=gateway.folder) as backup:
-        wait_until(lambda: Path(f"{target}.partial").exists())
+    with stuck_backup(gateway, target) as backup:
         Path(f"{target}.partial").unlink()
         os.mkfifo(f"{target}.partial")
         settled(gateway)

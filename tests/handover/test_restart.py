@@ -19,7 +19,7 @@ import pytest
 from redbtc.store.schema import newest_version
 from tests.handover.test_reload import RESPONSE
 from tests.handover.test_takeover import HeldStream, post
-from tests.helpers.gateway import PATIENCE_SECONDS, Gateway, MakeGateway, wait_until
+from tests.helpers.gateway import PATIENCE_SECONDS, Gateway, MakeGateway, Process, wait_until
 from tests.helpers.programs import add_section, copy_of_program
 from tests.helpers.reloading import Adopted
 from tests.helpers.upstream import Upstream, ws_like_openai
@@ -50,13 +50,18 @@ def version(gateway: Gateway) -> int:
         return int(database.execute("PRAGMA user_version").fetchone()[0])
 
 
+def before_a_migration(gateway: Gateway, program: Path) -> Process:
+    """Let the program have another schema, and return the gateway's process."""
+    add_section(program, NEW_TABLE)
+    assert gateway.process is not None
+    return gateway.process
+
+
 def test_a_migration_is_a_short_restart_in_which_nobody_is_refused(
     gateway: Gateway, program: Path, upstream: Upstream
 ) -> None:
     key = gateway.new_key()
-    add_section(program, NEW_TABLE)
-    before = gateway.process
-    assert before is not None
+    before = before_a_migration(gateway, program)
     with ThreadPoolExecutor(3) as pool, HeldStream(gateway, upstream, key) as stream:
         reloading = pool.submit(gateway.run, "reload", "--json")
         gateway.wait_for_log('"restarting"')
@@ -101,9 +106,7 @@ def test_sigterm_waits_for_the_process_that_ends_first(
 ) -> None:
     """systemd ends all that is left of a service when its main process has ended."""
     key = gateway.new_key()
-    add_section(program, NEW_TABLE)
-    before = gateway.process
-    assert before is not None
+    before = before_a_migration(gateway, program)
     with ThreadPoolExecutor(1) as pool, HeldStream(gateway, upstream, key) as stream:
         reloading = pool.submit(gateway.run, "reload", "--json")
         gateway.wait_for_log('"handed over"')

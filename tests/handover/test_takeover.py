@@ -24,11 +24,14 @@ import pytest
 from msgspec import Struct
 
 from redbtc.errors import StorageUnavailable
+from redbtc.gateway.background_leaving import LeftResponses
+from redbtc.gateway.background_response import Stage
 from redbtc.gateway.handover.telling import changed, not_less
 from redbtc.handover.channel import Channel
 from redbtc.handover.messages import Forgot, Moved
 from redbtc.handover.moving import moved_connections
 from redbtc.handover.predecessors import Predecessors
+from redbtc.histogram import Histogram
 from redbtc.locations import ObjectLocation
 from redbtc.store.database import Store
 from redbtc.store.objects import Objects
@@ -126,6 +129,73 @@ def test_a_request_that_waits_for_an_upstream_is_charged_once(
         answer = waiting.result()
         assert answer.status_code == 200
         assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+
+
+STAYS = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from redbtc.handover import moving
+
+leave = moving.leave
+
+def leave_later(protocol):
+    stays = protocol.connection.state == "serving" and os.path.exists("stay")
+    return None if stays else leave(protocol)
+
+moving.leave = leave_later
+"""
+
+
+def test_a_request_that_can_t_move_yet_is_not_admitted_by_the_old_process(
+    make_gateway: MakeGateway, upstream: Upstream
+) -> None:
+    """Such as while no descriptor is free: the old process does not know the limits any more."""
+    gateway = make_gateway()
+    gateway.prelude = STAYS
+    gateway.start()
+    key = gateway.new_key(concurrency=1)
+    with HeldStream(gateway, upstream, key) as stream, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post, gateway, key)
+        wait_until(lambda: gateway.metrics()["redbtc_queued"] == 1)
+        (gateway.folder / "stay").touch()
+        reload(gateway)
+        stream.finish()
+        time.sleep(1)  # its place is free
+        assert not waiting.done()
+        (gateway.folder / "stay").unlink()
+        assert waiting.result().status_code == 200
+    assert [row["outcome"] for row in gateway.rows()] == ["completed"] * 2
+
+
+def test_a_background_response_is_left_once() -> None:
+    """Its request can end while it is left with all others."""
+    removed = list[Any]()
+    response: Any = SimpleNamespace(
+        stage=Stage.ALONE,
+        settling=None,
+        is_left=False,
+        hold=SimpleNamespace(release=lambda: None),
+        row=SimpleNamespace(response_id="resp_1"),
+    )
+    background: Any = SimpleNamespace(
+        tasks=set(), responses={"resp_1": response}, left=None, remove=removed.append
+    )
+    left = LeftResponses(background)
+    asyncio.run(left.begin())
+    left.add(response)
+    assert removed == [response]
+    assert left.take_new() == []
+
+
+def test_durations_of_a_version_with_other_limits_are_ignored() -> None:
+    durations, others = Histogram((1, 2)), Histogram((1, 2, 3))
+    durations.observe(1.5)
+    others.observe(2.5)
+    before = durations.numbers
+    durations.add(others.numbers)
+    assert durations.numbers == before
+    durations.add(before)
+    assert durations.numbers == [2 * each for each in before]
 
 
 PATIENTLY = f"""

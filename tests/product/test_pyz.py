@@ -11,6 +11,7 @@ import stat
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -333,26 +334,34 @@ def test_files_that_are_missing_are_unpacked_again(run: Run, cache: Path, damage
     assert unpacked(cache) == [folder]
 
 
+@contextmanager
+def used(pyz: Path, cache: Path, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a gateway from the file."""
+    with subprocess.Popen(
+        [NEW[0], pyz, "serve", "--demo", "--port", "0", "--json"],
+        env={"PATH": os.environ["PATH"], "REDBTC_CACHE": str(cache)},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as program:
+        try:
+            assert program.stdout
+            assert b"{" in program.stdout.readline()
+            yield program
+        finally:
+            program.kill()
+
+
 def test_a_new_build_removes_old_ones_that_are_not_used(
     run: Run, pyz: Path, cache: Path, tmp_path: Path
 ) -> None:
-    env = {"PATH": os.environ["PATH"], "REDBTC_CACHE": str(cache)}
     assert run("--help").returncode == 0
-    used = subprocess.Popen(
-        [NEW[0], pyz, "serve", "--demo", "--port", "0", "--json"],
-        env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        assert used.stdout
-        assert b"{" in used.stdout.readline()
+    with used(pyz, cache, tmp_path):
         (first,) = unpacked(cache)
         second = another_build(pyz, tmp_path / "second.pyz", "2" * 64)
         assert run("--help", file=second).returncode == 0
         assert len(unpacked(cache)) == 2
         assert first in unpacked(cache), "it is used"
-    finally:
-        used.kill()
-        used.communicate()
     third = another_build(pyz, tmp_path / "third.pyz", "3" * 64)
     assert run("--help", file=third).returncode == 0
     (folder,) = unpacked(cache)
@@ -363,23 +372,13 @@ def test_a_used_folder_that_lacks_files_is_named(
     run: Run, pyz: Path, cache: Path, tmp_path: Path
 ) -> None:
     """The folder can't be replaced under a program that runs from it."""
-    env = {"PATH": os.environ["PATH"], "REDBTC_CACHE": str(cache)}
-    used = subprocess.Popen(
-        [NEW[0], pyz, "serve", "--demo", "--port", "0", "--json"],
-        env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        assert used.stdout
-        assert b"{" in used.stdout.readline()
+    with used(pyz, cache, tmp_path) as program:
         (folder,) = unpacked(cache)
         (folder / "redbtc" / "money.py").unlink()
         done = run("--help")
         assert done.returncode == 1
         assert "lacks files, and a program that runs from it does not end" in done.stderr
-        assert used.poll() is None
-    finally:
-        used.kill()
-        used.communicate()
+        assert program.poll() is None
     assert run("--help").returncode == 0, "unpacked again"
 
 
